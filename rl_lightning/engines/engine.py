@@ -1,0 +1,59 @@
+"""Engine: what turns token ids into answers, and takes new weights while it does."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from rl_lightning.types import Completion, GenerationRequest
+from rl_lightning.weights.transport import WeightUpdate
+
+
+class EngineError(RuntimeError):
+    """The engine failed or died; its owner restarts it. The message names the engine and the cause."""
+
+
+class WeightMismatchError(RuntimeError):
+    """The engine's weights are not the ones that were sent. The run stops: training on it would be silent nonsense."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One inference engine, owned by one RolloutWorker.
+
+    An instance is configured in the driver, pickled, and started in the worker's process; `__init__` therefore only
+    stores its settings.  All methods run on the worker's event loop and must not block it.  Every wait inside has a
+    deadline and raises `EngineError` when it passes.
+
+    `transports` names the weight transports the engine can receive, preferred first.
+    """
+
+    transports: tuple[str, ...]
+
+    async def start(self, model_path: str) -> None:
+        """Loads `model_path` (version 0 until told otherwise) and returns when ready to generate."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Answers one request; called many times concurrently.
+
+        A weight update in between interrupts it: tokens so far keep their log-probabilities and versions, the rest is
+        sampled under the new weights from a context recomputed under them.  Cancelling the task frees the request.
+        """
+        ...
+
+    async def update_weights(self, update: WeightUpdate) -> float:
+        """Pauses generation, loads `update`, proves it by its fingerprint, resumes; returns seconds of generation stopped.
+
+        Raises:
+            WeightMismatchError: the fingerprint differs.
+            EngineError: the engine died or did not answer in time.
+        """
+        ...
+
+    async def health(self) -> None:
+        """Returns if the engine can generate now; raises `EngineError` otherwise. Cheap enough to be called every second."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine and everything that it started. Idempotent."""
+        ...

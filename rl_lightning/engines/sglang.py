@@ -1,0 +1,309 @@
+"""SGLangEngine: a real SGLang server, started and owned, or attached to, and what reinforcement learning asks of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rl_lightning.engines.answer import Answer, Decode
+from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.gate import GenerationGate
+from rl_lightning.engines.prefix import PrefixSharing
+from rl_lightning.engines.process import ServerProcess
+from rl_lightning.engines.sglang_args import check_server_args, server_command, server_env
+from rl_lightning.engines.sglang_client import SGLangClient
+from rl_lightning.engines.sglang_receiver import Receiver
+from rl_lightning.types import Completion, GenerationRequest, SamplingParams
+from rl_lightning.weights.transport import WeightUpdate
+
+logger = logging.getLogger(__name__)
+
+QUIET_S = 5.0
+"""An engine that answered anything within this time is healthy without being asked."""
+
+HEALTH_TIMEOUT_S = 120.0
+POLL_S = 0.1
+ABORT_EVERY_S = 0.05
+
+
+class SGLangEngine:
+    """SGLang on CUDA, or on a CPU where there is none.
+
+    A weight update interrupts generation: requests in flight are aborted and keep what they have, the weights are
+    replaced and proven, the prefix cache is emptied, and the same requests go on from prompt and tokens so far.  Every
+    token's log-probability is therefore that of the weights its version names.
+
+    Log-probabilities are of the temperature-scaled distribution and not renormalised for top_p and top_k.
+
+    Args:
+        url: of a server that runs already; it is used but never ended. It must have been started by
+            `python -m rl_lightning.engines.sglang_server`, or serve a Llama.
+        api_key: what the server wants; None for an owned server takes a random one.
+        dtype: of the weights; `auto` is bfloat16 on CUDA and float32 on CPU.
+        device: `cuda` or `cpu`; `auto` takes CUDA where there is one.
+        server_args: any argument of SGLang's server by its name (`mem_fraction_static`, `context_length`,
+            `attention_backend`, `max_running_requests`, ...), passed on untouched.
+        start_timeout_s: until a server is ready.
+        request_timeout_s: for one whole answer.
+        sync_timeout_s: for one weight update.
+        new_tokens_per_chunk: cut answers into requests of so many tokens, for servers that cannot be interrupted.
+        log_path: where an owned server's output goes; None keeps it in a temporary file until the server ends.
+    """
+
+    transports: tuple[str, ...]
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        server_args: dict[str, Any] | None = None,
+        start_timeout_s: float = 300.0,
+        request_timeout_s: float = 3600.0,
+        sync_timeout_s: float = 300.0,
+        new_tokens_per_chunk: int | None = None,
+        log_path: str | None = None,
+    ) -> None:
+        if url is not None and server_args:
+            raise ValueError("SGLangEngine got both url and server_args: a server that runs already takes no arguments")
+        if new_tokens_per_chunk is not None and new_tokens_per_chunk < 1:
+            raise ValueError(f"new_tokens_per_chunk={new_tokens_per_chunk} must be at least 1, or null for no chunks")
+        check_server_args(server_args or {})
+        local = url is None and pick_device(device) == "cpu"
+        self.transports = ("disk", "distributed") if local else ("distributed", "disk")  # memory files are faster than gloo
+        self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
+        self.server_args = dict(server_args or {})
+        self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
+        self.new_tokens_per_chunk, self.log_path = new_tokens_per_chunk, log_path
+        self._process: ServerProcess | None = None
+        self._folder: Path | None = None
+        self._client: SGLangClient | None = None
+        self._gate: GenerationGate | None = None
+        self._receiver: Receiver | None = None
+        self._prefixes = PrefixSharing(self._prefill)
+        self._model_path = ""
+        self._decoder: Decode | None = None
+        self._context_limit = 0
+        self._answered_s = 0.0
+        self._background: set[asyncio.Task[None]] = set()
+
+    # -- Engine
+
+    async def start(self, model_path: str) -> None:
+        """See `Engine.start`. An attached server must have loaded the model itself."""
+        self._model_path, self._decoder = model_path, None
+        self._gate, self._prefixes = GenerationGate(), PrefixSharing(self._prefill)
+        try:
+            if self.url is None:
+                self._client, port = self._launch(model_path)
+            else:
+                self._client, port = SGLangClient(self.url, self.api_key), None
+            try:
+                async with asyncio.timeout(self.start_timeout_s):
+                    await self._until_ready()
+            finally:
+                if port is not None:
+                    port.close()
+        except TimeoutError:
+            said = f"; its log ends: {self._process.tail()}" if self._process is not None else ""
+            await self.stop()
+            raise EngineError(f"SGLang was not ready within {self.start_timeout_s:.0f} s (start_timeout_s){said}") from None
+        except BaseException:
+            await self.stop()
+            raise
+        self._gate.open(0)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """See `Engine.generate`.
+
+        Raises:
+            EngineError: the server died or did not finish within `request_timeout_s`.
+            ValueError: the server refuses this request, as too long for instance.
+        """
+        answer = Answer(request, await self._decode_for(request.params))
+        try:
+            async with asyncio.timeout(self.request_timeout_s), self._prefixes.sharing(request.prompt_ids):
+                while answer.finish_reason is None:
+                    await self._extend(answer)
+        except TimeoutError:
+            raise EngineError(
+                f"SGLang did not finish an answer within {self.request_timeout_s:.0f} s (request_timeout_s)"
+            ) from None
+        return answer.completion()
+
+    async def update_weights(self, update: WeightUpdate) -> float:
+        """See `Engine.update_weights`."""
+        client, gate = self._parts()
+        assert self._receiver is not None
+        try:
+            async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
+                started = time.monotonic()
+                await self._interrupt()
+                await load()
+                await client.flush()
+                await self._receiver.prove(update)
+        except BaseException as error:  # whatever it was, the weights may be half replaced
+            gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
+            if isinstance(error, TimeoutError):
+                waited = f"SGLang did not take version {update.version} within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
+                raise EngineError(f"{waited}: {error}" if str(error) else waited) from None
+            raise
+        gate.open(update.version)
+        return time.monotonic() - started
+
+    async def health(self) -> None:
+        """See `Engine.health`: an idle engine samples a token, a busy one is asked through its scheduler."""
+        client, gate = self._parts()
+        if cause := self._cause_of_death():
+            raise EngineError(f"SGLang died: {cause}")
+        if time.monotonic() - self._answered_s < QUIET_S or not gate.is_open:
+            return
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                if gate.running:
+                    await client.server_info()
+                else:
+                    async with gate.inside():
+                        await self._sample_one_token()
+        except TimeoutError:
+            raise EngineError(f"SGLang at {client.url} gave no sign of life for {HEALTH_TIMEOUT_S:.0f} s") from None
+        self._answered_s = time.monotonic()
+
+    async def stop(self) -> None:
+        """See `Engine.stop`. A server that was attached to goes on."""
+        if self._gate is not None:
+            self._gate.fail("SGLang was stopped")
+        for task in self._background:
+            task.cancel()
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        if self._process is not None:
+            process, self._process = self._process, None
+            await asyncio.to_thread(process.stop)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    # -- starting
+
+    def _launch(self, model_path: str) -> tuple[SGLangClient, socket.socket]:
+        """Starts the server; the socket keeps its port from others until the server listens on it."""
+        port = socket.socket()
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))
+        number = port.getsockname()[1]
+        key = self.api_key or secrets.token_urlsafe(32)
+        device = pick_device(self.device)
+        command = server_command(model_path, number, device, pick_dtype(self.dtype, device), self.server_args)
+        self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        log = self._folder / "server.log" if self.log_path is None else Path(self.log_path)
+        self._process = ServerProcess(command, log, server_env(device, key, self._folder))
+        logger.info(
+            "starting SGLang on %s, process %d, port %d, log %s", device, self._process.pid, number, self._process.log_path
+        )
+        return SGLangClient(f"http://127.0.0.1:{number}", key, self._cause_of_death), port
+
+    async def _until_ready(self) -> None:
+        """Returns when a token was sampled."""
+        assert self._client is not None
+        while not await self._client.reachable():
+            if cause := self._cause_of_death():
+                raise EngineError(f"SGLang did not start: {cause}")
+            await asyncio.sleep(POLL_S)
+        info = await self._client.server_info()
+        self._context_limit = int(info.get("max_req_input_len") or 2**31)
+        self._receiver = Receiver(self._client, info["dtype"])
+        await self._sample_one_token()
+        if self.url is not None:
+            await self._client.first_values(["model.norm.weight"], 1)
+
+    def _cause_of_death(self) -> str:
+        return self._process.cause_of_death() if self._process is not None else ""
+
+    def _parts(self) -> tuple[SGLangClient, GenerationGate]:
+        if self._client is None or self._gate is None:
+            raise EngineError("SGLang is not running: call start first")
+        return self._client, self._gate
+
+    # -- generating
+
+    async def _extend(self, answer: Answer) -> None:
+        """One segment, from entering the gate to leaving it."""
+        client, gate = self._parts()
+        async with gate.inside() as version:
+            context = answer.context
+            if len(context) >= self._context_limit and len(context) > len(answer.request.prompt_ids):
+                answer.cut_short()
+                return
+            await self._prefixes.cached(answer.request.prompt_ids, version)
+            most, fewest = answer.next_limits(self.new_tokens_per_chunk)
+            rid = f"{answer.request.request_id}-{uuid.uuid4().hex}"
+            try:
+                segment = await client.generate(rid, context, answer.request.params, most, fewest)
+            except asyncio.CancelledError:
+                self._spawn(client.abort(rid))
+                raise
+            self._answered_s = time.monotonic()
+        answer.add(segment, version, most)
+
+    async def _prefill(self, prompt_ids: Sequence[int]) -> None:
+        client, _ = self._parts()
+        await client.generate(uuid.uuid4().hex, prompt_ids, SamplingParams(), 0, 0)
+
+    async def _interrupt(self) -> None:
+        """Closes the gate and ends every segment inside. A request that was still on its way is caught by a later abort."""
+        client, gate = self._parts()
+        gate.close()
+        await client.abort()
+        while not await gate.empty(ABORT_EVERY_S):
+            await client.abort()
+
+    async def _sample_one_token(self) -> None:
+        client, _ = self._parts()
+        await client.generate(uuid.uuid4().hex, [0], SamplingParams(max_new_tokens=1), 1, 0)
+
+    async def _decode_for(self, params: SamplingParams) -> Decode | None:
+        if params.stop and self._decoder is None:
+            from rl_lightning.prompts.tokenizer import load_tokenizer
+
+            tokenizer: Any = await asyncio.to_thread(load_tokenizer, self._model_path)
+            self._decoder = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
+        return self._decoder
+
+    def _spawn(self, coroutine: Any) -> None:
+        """Runs what nobody waits for; a server that is dead by then has freed the request anyway."""
+
+        async def run() -> None:
+            try:
+                await coroutine
+            except EngineError as error:
+                logger.debug("a request was not freed: %s", error)
+
+        task = asyncio.create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def pick_device(device: str) -> str:
+    """`device`, or what this machine has."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """`dtype`, or what suits the device."""
+    return dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"

@@ -1,0 +1,85 @@
+"""The command line of an SGLang server."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rl_lightning.engines.sglang_server import API_KEY
+
+SERVER_MODULE = "rl_lightning.engines.sglang_server"
+
+EVERYWHERE: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "log_level": "warning",
+    "log_level_http": "error",
+    "skip_server_warmup": True,  # we sample a token; its greedy one slows the sampling of all beside it
+}
+
+ON_CPU: dict[str, Any] = {
+    "attention_backend": "torch_native",
+    "disable_overlap_schedule": True,  # overlap is for a device beside the CPU; on the CPU it ends the server
+    "sleep_on_idle": True,  # else the scheduler keeps a core busy doing nothing
+    "max_total_tokens": 32768,  # else the KV cache takes most of the machine's memory
+}
+
+SOCKET_FOLDER = 80
+"""Longest folder, in characters, in which the server can make its sockets."""
+
+OWNED = ("model_path", "port", "host", "api_key", "admin_api_key", "device", "dtype")
+"""Arguments that SGLangEngine has settings for, or must choose itself."""
+
+
+def check_server_args(server_args: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that the engine sets itself."""
+    if clash := [name for name in server_args if name.replace("-", "_") in OWNED]:
+        raise ValueError(
+            f"server_args must not contain {', '.join(clash)}: SGLangEngine sets that; use its own arguments instead"
+        )
+
+
+def server_command(model_path: str, port: int, device: str, dtype: str, server_args: Mapping[str, Any]) -> list[str]:
+    """Program and arguments. `server_args` win over our defaults and are otherwise passed on as they are.
+
+    True becomes a bare flag; False and None leave the argument out; a list becomes several words.
+    """
+    chosen = {
+        **EVERYWHERE,
+        **(ON_CPU if device == "cpu" else {}),
+        **{name.replace("-", "_"): value for name, value in server_args.items()},
+        "model_path": model_path,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+    }
+    words = [word for name, value in chosen.items() for word in _flag(name, value)]
+    return [sys.executable, "-m", SERVER_MODULE, *words]
+
+
+def server_env(device: str, api_key: str, folder: Path) -> dict[str, str]:
+    """Changes to the environment that a server needs. What it leaves behind goes into `folder`, save for compiled kernels."""
+    env = {
+        API_KEY: api_key,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+            "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+        ),
+    }
+    if len(str(folder)) <= SOCKET_FOLDER:
+        env["TMPDIR"] = str(folder)
+    return env | ({"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [flag]
+    return [flag, *map(str, value)] if isinstance(value, list | tuple) else [flag, str(value)]

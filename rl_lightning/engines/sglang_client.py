@@ -1,0 +1,184 @@
+"""SGLangClient: the HTTP interface of an SGLang server, as far as reinforcement learning needs it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from rl_lightning.engines.answer import Segment
+from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.sglang_probe import FIRST_VALUES
+from rl_lightning.types import SamplingParams
+
+OK, BAD_REQUEST, NOT_FOUND = 200, 400, 404
+KEEP_ALIVE_S = 2.0  # below the server's own 5 s, so that no request is written to a connection that is being closed
+RETRY_S = (0.05, 0.2)
+
+
+class SGLangClient:
+    """Belongs to one event loop. No call has a deadline of its own: callers put one around.
+
+    Args:
+        url: of the server.
+        api_key: None if it wants none.
+        cause: asked when a connection breaks: why the server is dead, or empty if nothing is known to be wrong with it.
+    """
+
+    def __init__(self, url: str, api_key: str | None, cause: Any = lambda: "") -> None:
+        self.url = url.rstrip("/")
+        self._cause = cause
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        await self._session.close()
+
+    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: Sequence[int] = (OK,)) -> Any:
+        """(status, JSON or text) of one call.
+
+        A connection that breaks although the server lives is tried again: every call here may be made twice.
+
+        Raises:
+            EngineError: no connection, or a status that is not in `accept`.
+        """
+        for pause_s in (*RETRY_S, None):
+            try:
+                async with self._session.request(method, self.url + path, json=body) as answer:
+                    json = answer.content_type == "application/json"
+                    content = await answer.json() if json else await answer.text()
+                break
+            except (aiohttp.ClientError, ConnectionError) as error:
+                await asyncio.sleep(pause_s or 0.0)
+                if (cause := self._cause()) or pause_s is None:
+                    raise EngineError(f"SGLang at {self.url} died: {cause or error!r}") from error
+        if answer.status not in accept:
+            raise EngineError(f"SGLang at {self.url} answered {path} with {answer.status}: {message_of(content)}")
+        return answer.status, content
+
+    async def reachable(self) -> bool:
+        """Whether anything answers at all."""
+        try:
+            async with self._session.get(self.url + "/model_info") as answer:
+                return answer.status == OK
+        except (aiohttp.ClientError, ConnectionError):
+            return False
+
+    # -- generation
+
+    async def generate(self, rid: str, input_ids: Sequence[int], params: SamplingParams, most: int, fewest: int) -> Segment:
+        """One segment of at most `most` and at least `fewest` tokens.
+
+        Raises:
+            ValueError: the server refuses the request itself, as too long for instance.
+        """
+        body = {
+            "rid": rid,
+            "input_ids": list(input_ids),
+            "sampling_params": sampling_params(params, most, fewest),
+            "return_logprob": True,
+        }
+        status, content = await self.call("POST", "/generate", body, accept=(OK, BAD_REQUEST))
+        if status == BAD_REQUEST:
+            raise ValueError(f"SGLang refuses a request of {len(input_ids)} tokens: {message_of(content)}")
+        return read_segment(content["meta_info"])
+
+    async def abort(self, rid: str | None = None) -> None:
+        """Ends one request, or all of them."""
+        await self.call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def server_info(self) -> dict[str, Any]:
+        """Its arguments and state; goes through the scheduler, so an answer shows that it turns."""
+        _, content = await self.call("GET", "/server_info")
+        return content
+
+    # -- weights
+
+    async def flush(self, pause_s: float = 0.005) -> None:
+        """Empties the prefix cache. The server refuses while aborted requests are being cleared away: tried until it does."""
+        while (await self.call("POST", "/flush_cache", accept=(OK, BAD_REQUEST)))[0] != OK:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)
+
+    async def load_from_disk(self, path: str) -> None:
+        """Replaces the weights by those in a folder."""
+        await self.call("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": False})
+
+    async def join_group(self, **where: Any) -> None:
+        """Joins a process group; returns when all its members have."""
+        await self.call("POST", "/init_weights_update_group", where)
+
+    async def leave_group(self, group: str) -> None:
+        """Leaves a group, if it is in it."""
+        if group:
+            await self.call("POST", "/destroy_weights_update_group", {"group_name": group}, accept=(OK, BAD_REQUEST))
+
+    async def receive(self, group: str, bucket: Mapping[str, Any]) -> None:
+        """Takes part in one broadcast and loads what it brought."""
+        body = {**bucket, "group_name": group, "load_format": "flattened_bucket", "flush_cache": False}
+        await self.call("POST", "/update_weights_from_distributed", body)
+
+    async def begin_update(self) -> bool:
+        """Opens an update session where the server has such a thing (from 0.5.21 on); whether it has."""
+        status, _ = await self.call("POST", "/begin_weight_update", {}, accept=(OK, NOT_FOUND))
+        return bool(status == OK)
+
+    async def end_update(self) -> None:
+        """Closes the session."""
+        await self.call("POST", "/end_weight_update", {})
+
+    async def first_values(self, names: Sequence[str], count: int) -> dict[str, list[float]]:
+        """The first values of parameters, at most `count` each; empty where the server has no such parameter.
+
+        A server that we did not start knows fewer families and is asked for each parameter by itself.
+
+        Raises:
+            EngineError: it cannot show any.
+        """
+        body = {"name": " ".join([FIRST_VALUES, *names]), "truncate_size": count}
+        status, content = await self.call("POST", "/get_weights_by_name", body, accept=(OK, BAD_REQUEST))
+        if status == OK:
+            return dict(zip(names, content, strict=True))
+        shown = {}
+        for name in names:
+            _, rows = await self.call("POST", "/get_weights_by_name", {"name": name, "truncate_size": 1})
+            shown[name] = rows[0] if isinstance(rows[0], list) else rows
+        return shown
+
+
+def sampling_params(params: SamplingParams, most: int, fewest: int) -> dict[str, Any]:
+    """What SGLang calls them."""
+    return {
+        "max_new_tokens": most,
+        "min_new_tokens": fewest,
+        "temperature": 0.0 if params.greedy else params.temperature,
+        "top_p": 1.0 if params.greedy else params.top_p,
+        "top_k": -1 if params.greedy else params.top_k,
+        "stop": list(params.stop),
+        "stop_token_ids": list(params.stop_token_ids),
+    }
+
+
+def read_segment(meta: Mapping[str, Any]) -> Segment:
+    """Tokens and log-probabilities of a `/generate` answer."""
+    entries = meta.get("output_token_logprobs") or []
+    reason = meta["finish_reason"]["type"]
+    return Segment(
+        token_ids=[entry[1] for entry in entries],
+        logprobs=[entry[0] for entry in entries],
+        reason="interrupt" if reason == "abort" else reason,
+    )
+
+
+def message_of(content: Any) -> str:
+    """The sentence in an error answer."""
+    if isinstance(content, Mapping):
+        error = content.get("error") or content.get("message") or content
+        content = error.get("message", error) if isinstance(error, Mapping) else error
+    return str(content)[:500]

@@ -1,0 +1,127 @@
+"""Receiver: brings a weight update into an SGLang server and proves that it arrived."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.weights.channel import POLL_S, SyncChannel, SyncFailed, connect_store
+
+if TYPE_CHECKING:
+    import torch
+
+    from rl_lightning.engines.sglang_client import SGLangClient
+    from rl_lightning.weights.transport import WeightUpdate
+
+Load = Callable[[], Awaitable[None]]
+
+
+class Receiver:
+    """One server's end of the weight transports.
+
+    Args:
+        client: of the server.
+        dtype: what the server calls the type of its weights.
+    """
+
+    def __init__(self, client: SGLangClient, dtype: str) -> None:
+        self._client = client
+        self._dtype = dtype
+        self._group = ""
+
+    @asynccontextmanager
+    async def prepared(self, update: WeightUpdate) -> AsyncIterator[Load]:
+        """Does all that generation need not stand still for; gives what loads the weights.
+
+        Raises:
+            EngineError: the transport is unknown, or the trainer went away.
+        """
+        if update.transport == "disk":
+            yield lambda: self._client.load_from_disk(update.payload["path"])
+        elif update.transport == "distributed":
+            async with self._joined(update.payload) as load:
+                yield load
+        else:
+            raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed or disk")
+
+    async def prove(self, update: WeightUpdate) -> None:
+        """Compares the server's weights with the fingerprint.
+
+        Raises:
+            WeightMismatchError: they differ.
+        """
+        from rl_lightning.weights.fingerprint import find_mismatch
+
+        sent = dict(update.fingerprint)
+        shown = await self._client.first_values(list(sent), max(map(len, sent.values()), default=0))
+        expected = {name: values[: len(shown[name]) or None] for name, values in sent.items()}
+        if (difference := find_mismatch(expected, as_held(shown, self._dtype))) is not None:
+            raise WeightMismatchError(
+                f"SGLang at {self._client.url} does not hold the weights of version {update.version}: {difference}"
+            )
+
+    # -- by broadcast
+
+    @asynccontextmanager
+    async def _joined(self, payload: Mapping[str, Any]) -> AsyncIterator[Load]:
+        """Inside the trainer's process group. Whatever fails in here is told to the trainer, which then waits no longer."""
+        try:
+            store = await asyncio.to_thread(connect_store, payload["host"], payload["port"])
+        except TimeoutError as error:
+            raise EngineError(str(error)) from None
+        channel = SyncChannel(store, payload["sync"])
+        try:
+            await self._join(channel, payload)
+            yield lambda: self._receive(payload["buckets"])
+        except BaseException as error:
+            channel.fail(f"engine {payload['rank']}: {error!r}")
+            if isinstance(error, SyncFailed):
+                raise EngineError(f"the transfer of weights was given up: {error}") from None
+            raise
+
+    async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
+        channel.report_group(payload["rank"], self._group)
+        while (group := channel.poll_go()) is None:
+            await asyncio.sleep(POLL_S)
+        if group == self._group:
+            return
+        await self._client.leave_group(self._group)
+        self._group = ""
+        await self._client.join_group(
+            master_address=payload["host"],
+            master_port=payload["port"],
+            rank_offset=payload["rank"],
+            world_size=payload["world_size"],
+            group_name=group,
+            backend=payload["backend"],
+        )
+        self._group = group
+
+    async def _receive(self, buckets: list[Mapping[str, Any]]) -> None:
+        session = await self._client.begin_update()
+        for bucket in buckets:
+            await self._client.receive(self._group, bucket)
+        if session:
+            await self._client.end_update()
+
+
+def as_held(shown: Mapping[str, list[float]], dtype: str) -> Callable[[str], torch.Tensor | None]:
+    """The server's values, which it shows as float32, in the type that it holds them in.
+
+    A server whose dtype is `auto` holds bfloat16 or float16: whichever all of the values fit into.
+    """
+    import torch
+
+    def all_fit(candidate: torch.dtype) -> bool:
+        return all(torch.equal(values, values.to(candidate).float()) for values in tensors.values())
+
+    tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in shown.items() if values}
+    names = {"half": "float16", "float": "float32"}
+    if dtype == "auto":
+        held_as = next((d for d in (torch.bfloat16, torch.float16) if all_fit(d)), torch.float32)
+    else:
+        held_as = getattr(torch, names.get(dtype, dtype))
+    return lambda name: tensors[name].to(held_as) if name in tensors else None

@@ -1,0 +1,35 @@
+"""Whose failure is it: the user's, which no restart mends, or the machine's, which one may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rl_lightning.engines.engine import WeightMismatchError
+
+CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException, WeightMismatchError)
+"""Wrong options, wrong data, wrong weights: their message says what to do."""
+
+CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
+"""Wrong code: their traceback says where. Like the others they come again however often one tries."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it was raised from, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__
+
+
+def find_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
+    """The innermost of `error` and its causes that is one of `kinds`, None if none is."""
+    return next((cause for cause in reversed(list(causes(error))) if isinstance(cause, kinds)), None)
+
+
+def may_be_mended_by_restart(error: BaseException) -> bool:
+    """Whether trying again has any prospect."""
+    return find_cause(error, (*CONFIGURATION_ERRORS, *CODE_ERRORS)) is None

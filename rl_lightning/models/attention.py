@@ -1,0 +1,106 @@
+"""packed_attention: attention over a flat micro-batch that never crosses sequences.
+
+Registered with transformers under `PACKED_ATTENTION`, so that every model that uses its attention interface takes it.
+The layout reaches it as the keyword `layout` of the model's forward:
+
+    model(input_ids=tokens[None], position_ids=layout.positions[None], layout=layout, use_cache=False)
+
+On CUDA in half precision and without shared prompts it is `torch.nn.attention.varlen.varlen_attn`; everywhere else the
+layout's blocks go through `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rl_lightning.batching.layout import PackedLayout
+
+PACKED_ATTENTION = "rl_lightning_packed"
+
+
+def register_packed_attention() -> str:
+    """Makes `PACKED_ATTENTION` known to transformers and returns it. Idempotent."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    return PACKED_ATTENTION
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention, in the signature that transformers calls.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, N, head_dim).
+        key: (1, kv_heads, N, head_dim).
+        value: (1, kv_heads, N, head_dim).
+        attention_mask: not used; the layout says which token sees which.
+        scaling: factor on the scores.
+        sliding_window: a token sees only so many last positions.
+        layout: of the N tokens; without one the tokens are plain causal sequences.
+
+    Returns:
+        (1, N, heads, head_dim) and None (no attention weights).
+
+    Raises:
+        ValueError: the layer asks for soft-capping or attention sinks, which packed attention does not have.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} asks for soft-capped attention or attention sinks, which packed attention lacks"
+        )
+    if layout is None:
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    attend = _varlen_attention if query.is_cuda and half and not layout.shared else _block_attention
+    return attend(*rows, layout, scaling, sliding_window).unsqueeze(0), None
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of rows (N, heads, head_dim) block by block."""
+    outputs = []
+    for block, bias in zip(layout.blocks, layout.biases(window, query.dtype), strict=True):
+        q, k, v = query[block.queries], key[block.keys], value[block.keys]
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        output = F.scaled_dot_product_attention(*heads_first, bias, is_causal=bias is None, scale=scale, enable_gqa=True)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.inverse)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+) -> Tensor:
+    """Flash attention of rows (N, heads, head_dim), each segment for itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = query.shape[1] // key.shape[1]  # torch 2.11 wants as many heads of keys as of queries
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    starts, longest = layout.cu_seqlens, layout.max_seqlen
+    reach = (-1 if window is None else window - 1, 0)
+    output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=reach)
+    assert isinstance(output, Tensor)
+    return output

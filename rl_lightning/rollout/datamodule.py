@@ -1,0 +1,341 @@
+"""RolloutDataModule: prompts in, off-policy batches out, as a LightningDataModule."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import LightningDataModule
+
+from rl_lightning.engines.engine import Engine
+from rl_lightning.prompts.dataset import PromptDataset
+from rl_lightning.rewards.reward import WeightedReward
+from rl_lightning.rollout.admission import StalenessGate
+from rl_lightning.rollout.controller import ControllerSettings
+from rl_lightning.rollout.loader import EvaluationLoader, Resync, RolloutLoader
+from rl_lightning.rollout.roster import SchedulePolicy
+from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
+from rl_lightning.types import SamplingParams
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from rl_lightning.rollout.fleet import RolloutFleet
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutDataModule(LightningDataModule):
+    """Feeds the trainer with rollouts that engines generate at the same time, at most `max_head_offpolicyness` old.
+
+    Args:
+        prompts: the training prompts.
+        rewards: what scores an answer; the raw reward is the weighted sum. At least one.
+        model_path: folder or hub name that engines and tokenizer load; linked to the model's by the command line.
+        batch_size: prompts per training step over all ranks (AReaL: `train_bs_n_seqs`).
+        group_size: answers to each prompt.
+        generation: how training answers are sampled.
+        engine: an Engine, or `auto`: SGLang where it is installed, else TorchEngine.
+        num_engines: rollout workers, each with one engine.
+        cpus_per_engine: Ray CPUs of one worker.
+        gpus_per_engine: Ray GPUs of one worker; None is 1 where Ray has GPUs, else 0.
+        max_head_offpolicyness: eta, most versions between an answer's first token and its training step; 0 is synchronous.
+        max_concurrent_rollouts: most prompts in flight; None is `batch_size`.
+        schedule_policy: which engine gets the next prompt.
+        shuffle: whether each epoch has its own order.
+        seed: of the order and of sampling.
+        success_rate_lb: groups with a smaller share of successful answers are not trained on.
+        success_rate_ub: groups with a larger one are not either.
+        max_rejections: groups not trained on in a row after which the run stops and says why.
+        workflow: how a prompt becomes answers; single turn by default.
+        weight_transport: how weights reach the engines; `auto` is the engine's preferred way.
+        sync_timeout_s: longest time for one weight update (AReaL: `flush_request_timeout`).
+        batch_timeout_s: longest wait for a batch.
+        lease_timeout_s: longest time for one prompt's answers.
+        start_timeout_s: until all engines are ready.
+        worker_timeout_s: silence after which a worker's prompts go to others.
+        reward_timeout_s: longest time for one reward call.
+        reward_memory_gb: memory limit of one reward process.
+        reward_processes: reward processes of each worker.
+        validation_prompts: answered by the engines at Lightning's validation intervals.
+        validation_group_size: answers to each validation prompt.
+        validation_generation: how they are sampled; None is as in training.
+        ray_init: arguments of `ray.init`, for a trainer whose strategy does not bring a Ray cluster.
+
+    Raises:
+        ValueError: options that contradict each other; the message names both.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptDataset,
+        rewards: list[WeightedReward],
+        model_path: str,
+        batch_size: int = 512,
+        group_size: int = 16,
+        generation: SamplingParams = SamplingParams(),
+        engine: Engine | Literal["auto"] = "auto",
+        num_engines: int = 1,
+        cpus_per_engine: float = 1,
+        gpus_per_engine: float | None = None,
+        max_head_offpolicyness: int = 4,
+        max_concurrent_rollouts: int | None = None,
+        schedule_policy: SchedulePolicy = "least_token_usage",
+        shuffle: bool = True,
+        seed: int = 1,
+        success_rate_lb: float = 0.0,
+        success_rate_ub: float = 1.0,
+        max_rejections: int = 1000,
+        workflow: Workflow | None = None,
+        weight_transport: Literal["auto", "disk", "object_store", "distributed"] = "auto",
+        sync_timeout_s: float = 300.0,
+        batch_timeout_s: float = 1800.0,
+        lease_timeout_s: float = 1800.0,
+        start_timeout_s: float = 300.0,
+        worker_timeout_s: float = 60.0,
+        reward_timeout_s: float = 8.0,
+        reward_memory_gb: float = 4.0,
+        reward_processes: int = 1,
+        validation_prompts: PromptDataset | None = None,
+        validation_group_size: int = 1,
+        validation_generation: SamplingParams | None = None,
+        ray_init: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not rewards:
+            raise ValueError(
+                "rewards is empty: give at least one, e.g. rewards: [{reward: rl_lightning.rewards.exact.exact_match}]"
+            )
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size} must be at least 1 answer per prompt")
+        if not 0 <= success_rate_lb <= success_rate_ub <= 1:
+            raise ValueError(f"need 0 <= success_rate_lb <= success_rate_ub <= 1, got {success_rate_lb} and {success_rate_ub}")
+        self.gate = StalenessGate(batch_size, max_head_offpolicyness, max_concurrent_rollouts or batch_size)
+        self.prompts, self.rewards, self.model_path = prompts, rewards, model_path
+        self.batch_size, self.group_size, self.generation = batch_size, group_size, generation
+        self.engine: Engine = make_engine() if engine == "auto" else engine
+        self.num_engines, self.cpus_per_engine, self.gpus_per_engine = num_engines, cpus_per_engine, gpus_per_engine
+        self.shuffle, self.seed, self.schedule_policy = shuffle, seed, schedule_policy
+        self.success_rates = (success_rate_lb, success_rate_ub)
+        self.max_rejections = max_rejections
+        self.workflow = workflow or SingleTurnWorkflow()
+        self.transport_name = choose_transport(self.engine, weight_transport)
+        self.sync_timeout_s, self.batch_timeout_s, self.lease_timeout_s = sync_timeout_s, batch_timeout_s, lease_timeout_s
+        self.start_timeout_s, self.worker_timeout_s = start_timeout_s, worker_timeout_s
+        self.reward_timeout_s, self.reward_memory_gb, self.reward_processes = reward_timeout_s, reward_memory_gb, reward_processes
+        self.validation_prompts, self.validation_group_size = validation_prompts, validation_group_size
+        self.validation_generation = validation_generation or generation
+        self.ray_init = ray_init
+        self.fleet: RolloutFleet | None = None
+        self.resync: Resync | None = None
+        self._loaded = self._connected = False
+        self._warn_of_bias()
+
+    # -- before anything starts
+
+    def check_inputs(self) -> None:
+        """Reads and tokenises all prompts, so that bad data is found before Ray or a GPU is taken. Idempotent.
+
+        Raises:
+            ValueError: names the file, the line and the remedy.
+        """
+        if self._loaded:
+            return
+        from rl_lightning.prompts.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.model_path)
+        for name, dataset in (("training", self.prompts), ("validation", self.validation_prompts)):
+            if dataset is None:
+                continue
+            dataset.setup(tokenizer)
+            dropped = {k: v for k, v in getattr(dataset, "counts", {}).items() if v}
+            logger.info("%d %s prompts%s", len(dataset), name, f" (dropped: {dropped})" if dropped else "")
+        self._loaded = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of one pass over the prompts, the last one filled up from the next epoch."""
+        return math.ceil(len(self.prompts) / self.batch_size)
+
+    # -- LightningDataModule
+
+    def setup(self, stage: str) -> None:
+        """Starts controller and workers on rank 0; the engines load while the trainer builds its model."""
+        if self.fleet is not None:
+            return
+        self.check_inputs()
+        world_size = self._ranks()[1]
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} prompts cannot be shared by {world_size} trainer ranks (num_workers or devices): "
+                f"make one a multiple of the other"
+            )
+        module: Any = self._trainer.lightning_module
+        if stage == "fit" and hasattr(module, "check_data"):
+            module.check_data(self, world_size)
+        fleet = self._launch() if self._trainer.is_global_zero else None
+        shared = self._trainer.strategy.broadcast(fleet)
+        self.fleet = fleet or shared
+
+    def train_dataloader(self) -> RolloutLoader:
+        """This rank's batches of one epoch."""
+        assert self.fleet is not None
+        rank, world_size = self._ranks()
+        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, self.batch_timeout_s, self._resync)
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """This rank's share of the validation prompts, answered; nothing where there are none."""
+        if self.validation_prompts is None:
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        assert self.fleet is not None
+        rank, world_size = self._ranks()
+        return EvaluationLoader(
+            self.fleet, self._step, len(self.validation_prompts), rank, world_size, self.batch_timeout_s, self._resync
+        )
+
+    def teardown(self, stage: str) -> None:
+        """Ends engines, rewards and actors."""
+        if self.fleet is not None:
+            from rl_lightning.strategies.cluster import disconnect
+
+            self.fleet.stop()
+            self.fleet = None
+            if self._connected:
+                disconnect()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A failed run leaves no engine behind."""
+        self.teardown("exception")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the prompts and which of them are open."""
+        if self.fleet is None:
+            return {}
+        return {"rollouts": self.fleet.call("state_dict", self._step())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on at the saved position; open prompts are answered again first."""
+        if self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
+            self.fleet.call("load_state_dict", state_dict["rollouts"])
+
+    # -- for callbacks
+
+    def statistics(self) -> dict[str, float]:
+        """The controller's counters and gauges, see `RolloutController.statistics`."""
+        return self.fleet.call("statistics") if self.fleet is not None else {}
+
+    # -- inside
+
+    def _launch(self) -> RolloutFleet:
+        import ray
+
+        from rl_lightning.prompts.source import PromptSource
+        from rl_lightning.rewards.pool import RewardPool
+        from rl_lightning.rollout.fleet import FleetSettings, RolloutFleet
+        from rl_lightning.rollout.worker import WorkerSettings
+        from rl_lightning.strategies.cluster import connect
+
+        self._connected = not ray.is_initialized()
+        connect(self.ray_init)
+        settings = FleetSettings(self.num_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s)
+        room = math.ceil(self.gate.max_concurrent_rollouts / self.num_engines)
+        pool = RewardPool(self.rewards, self.reward_processes, self.reward_timeout_s, self.reward_memory_gb)
+        return RolloutFleet.launch(
+            settings,
+            self._controller_settings(),
+            WorkerSettings("worker", self.model_path, room),
+            PromptSource(self.prompts, self.seed, self.shuffle),
+            self.validation_prompts,
+            self.engine,
+            self.workflow,
+            pool,
+        )
+
+    def _controller_settings(self) -> ControllerSettings:
+        return ControllerSettings(
+            gate=self.gate,
+            group_size=self.group_size,
+            params=self.generation,
+            seed=self.seed,
+            n_groups=self._total_groups(),
+            success_rate_lb=self.success_rates[0],
+            success_rate_ub=self.success_rates[1],
+            max_rejections=self.max_rejections,
+            lease_timeout_s=self.lease_timeout_s,
+            worker_timeout_s=self.worker_timeout_s,
+            policy=self.schedule_policy,
+            evaluation_group_size=self.validation_group_size,
+            evaluation_params=self.validation_generation,
+        )
+
+    def _total_groups(self) -> int | None:
+        """Groups that the whole run trains on, None if it has no end: no prompt is answered that nobody will train on."""
+        trainer, limit = self._trainer, self._trainer.limit_train_batches
+        per_epoch = min(self.steps_per_epoch, limit) if isinstance(limit, int) else int(self.steps_per_epoch * (limit or 1.0))
+        steps = [trainer.max_steps] if trainer.max_steps > 0 else []
+        epochs = [trainer.max_epochs * per_epoch] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
+        return min(steps + epochs) * self.batch_size if steps or epochs else None
+
+    def _gpus_per_engine(self) -> float:
+        import ray
+
+        if self.gpus_per_engine is not None:
+            return self.gpus_per_engine
+        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+    def _ranks(self) -> tuple[int, int]:
+        """(rank, world size) of data parallelism."""
+        kwargs = getattr(self._trainer.strategy, "distributed_sampler_kwargs", None)
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (self._trainer.global_rank, self._trainer.world_size)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.trainer is not None, "the data module is not attached to a Trainer"
+        return self.trainer
+
+    def _step(self) -> int:
+        return self._trainer.global_step
+
+    def _resync(self, workers: Any) -> None:
+        if self.resync is not None:
+            self.resync(workers)
+
+    def _warn_of_bias(self) -> None:
+        params = self.generation
+        if params.greedy or params.top_p < 1 or params.top_k != -1:
+            logger.warning(
+                "generation with greedy=%s, top_p=%s, top_k=%s samples from another distribution than the one whose "
+                "log-probabilities are trained on: importance weights are biased; top_p=1, top_k=-1 avoid it",
+                params.greedy, params.top_p, params.top_k,
+            )  # fmt: skip
+
+
+def make_engine() -> Engine:
+    """SGLang where it is installed, else the embedded engine."""
+    if importlib.util.find_spec("sglang") is not None:
+        from rl_lightning.engines.sglang import SGLangEngine
+
+        return SGLangEngine()
+    from rl_lightning.engines.torch import TorchEngine
+
+    return TorchEngine()
+
+
+def choose_transport(engine: Engine, wanted: str) -> str:
+    """`wanted`, or the engine's preferred transport for `auto`.
+
+    Raises:
+        ValueError: the engine cannot receive by it.
+    """
+    if wanted == "auto":
+        return engine.transports[0]
+    if wanted not in engine.transports:
+        raise ValueError(
+            f"weight_transport={wanted} does not work with {type(engine).__name__}; it receives by {', '.join(engine.transports)}"
+        )
+    return wanted

@@ -1,0 +1,82 @@
+"""EvaluationQueue: prompts answered for validation, beside the training rollouts and outside the staleness rule."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    wanted: int
+    answered: dict[int, Any] = field(default_factory=dict)
+
+
+class EvaluationQueue:
+    """Positions of a validation set on their way through the workers.
+
+    Each rank begins its own evaluation and collects its own results; a lost worker's positions are answered again.
+    """
+
+    def __init__(self) -> None:
+        self._evaluations: dict[int, _Evaluation] = {}
+        self._pending: deque[tuple[int, int]] = deque()
+        self._running: dict[int, tuple[int, int, str]] = {}
+        self._next_id = 0
+        self._submissions = 0
+
+    def begin(self, positions: Sequence[int]) -> int:
+        """Queues `positions`; returns the id under which `results` gives the answers."""
+        evaluation, self._next_id = self._next_id, self._next_id + 1
+        self._evaluations[evaluation] = _Evaluation(len(positions))
+        self._pending.extend((evaluation, position) for position in positions)
+        return evaluation
+
+    @property
+    def pending(self) -> int:
+        """Positions that nobody answers yet."""
+        return len(self._pending)
+
+    @property
+    def running(self) -> int:
+        """Positions being answered."""
+        return len(self._running)
+
+    def submit(self, worker: str) -> tuple[int, int]:
+        """Leases the next position; returns (position, submission)."""
+        evaluation, position = self._pending.popleft()
+        self._submissions += 1
+        self._running[self._submissions] = (evaluation, position, worker)
+        return position, self._submissions
+
+    def finish(self, submission: int, content: Any) -> None:
+        """Stores an answer; one whose lease ended meanwhile is dropped."""
+        lease = self._running.pop(submission, None)
+        if lease is not None and lease[0] in self._evaluations:
+            self._evaluations[lease[0]].answered[lease[1]] = content
+
+    def give_back(self, submission: int) -> None:
+        """The lease ended without an answer: to the front of the queue."""
+        lease = self._running.pop(submission, None)
+        if lease is not None and lease[0] in self._evaluations:
+            self._pending.appendleft(lease[:2])
+
+    def give_back_all(self, worker: str) -> None:
+        """Everything this worker held goes to the front of the queue."""
+        for submission in [s for s, lease in self._running.items() if lease[2] == worker]:
+            self.give_back(submission)
+
+    def progress(self, evaluation: int) -> tuple[int, int]:
+        """(answered, wanted)."""
+        entry = self._evaluations[evaluation]
+        return len(entry.answered), entry.wanted
+
+    def results(self, evaluation: int) -> list[Any] | None:
+        """All answers in the order of their positions, once complete; then the evaluation is forgotten."""
+        entry = self._evaluations[evaluation]
+        if len(entry.answered) < entry.wanted:
+            return None
+        del self._evaluations[evaluation]
+        return [entry.answered[position] for position in sorted(entry.answered)]

@@ -1,0 +1,139 @@
+"""Loaders: batches as the trainer's rank sees them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rl_lightning.batching.collate import collate
+from rl_lightning.rollout.controller import RolloutError, Share, Waiting
+from rl_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from rl_lightning.rollout.fleet import RolloutFleet
+
+logger = logging.getLogger(__name__)
+
+Resync = Callable[[Sequence[tuple[str, Any]]], None]
+"""Sends the current weights to these workers (name, handle)."""
+
+POLL_S = 5.0
+PROGRESS_S = 30.0
+
+
+def await_share(ask: Callable[[], Share | Waiting], resync: Resync | None, timeout_s: float, what: str) -> Share:
+    """Asks until there is a share, sending weights to workers that came back without them.
+
+    Raises:
+        RolloutError: none within `timeout_s`; says what was missing.
+    """
+    started = told = time.monotonic()
+    while isinstance(answer := ask(), Waiting):
+        now = time.monotonic()
+        if now - started > timeout_s:
+            raise RolloutError(f"no {what} within {timeout_s:.0f} s: {answer.report}")
+        if now - told > PROGRESS_S:
+            told = now
+            logger.info("waiting for %s since %.0f s: %s", what, now - started, answer.report)
+        if answer.unsynced and resync is not None:
+            resync(answer.unsynced)
+    return answer
+
+
+def fetch(share: Share, timeout_s: float = 300.0) -> list[Any]:
+    """The groups behind a share's references."""
+    import ray
+
+    return ray.get([ref for content in share.contents for ref in content], timeout=timeout_s)
+
+
+class RolloutLoader:
+    """One rank's batches of one epoch. It has a length, so Lightning fetches none ahead: at eta = 0 that would deadlock.
+
+    Args:
+        fleet: where batches come from.
+        step: the trainer's finished steps, asked before every batch.
+        length: steps of an epoch.
+        rank, world_size: of data parallelism.
+        timeout_s: longest wait for one batch.
+        resync: see `Resync`; None on ranks that do not publish.
+    """
+
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        step: Callable[[], int],
+        length: int,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        resync: Resync | None,
+    ) -> None:
+        self._fleet, self._step, self._length = fleet, step, length
+        self._rank, self._world_size, self._timeout_s, self._resync = rank, world_size, timeout_s, resync
+        self._resume_at, self._first_step = 0, step()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        resume_at, self._resume_at = self._resume_at, 0
+        self._first_step = self._step() - resume_at
+        for _ in range(resume_at, self._length):
+            yield self._next()
+
+    def _next(self) -> Batch:
+        version, started = self._step(), time.monotonic()
+        share = await_share(
+            lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S),
+            self._resync,
+            self._timeout_s,
+            f"batch for step {version + 1}",
+        )
+        batch = collate(fetch(share))
+        return replace(batch, version=version, wait_s=time.monotonic() - started)
+
+    def state_dict(self) -> dict[str, int]:
+        """Steps finished in this epoch: a batch that was given but not trained on does not count."""
+        return {"position": self._step() - self._first_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next epoch iterated starts there."""
+        self._resume_at = state["position"]
+
+
+class EvaluationLoader:
+    """One rank's share of the validation set, answered by the engines and given as a single batch.
+
+    Args: as for `RolloutLoader`; `n_prompts` is the size of the whole set.
+    """
+
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        step: Callable[[], int],
+        n_prompts: int,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        resync: Resync | None,
+    ) -> None:
+        self._fleet, self._step, self._positions = fleet, step, list(range(rank, n_prompts, world_size))
+        self._timeout_s, self._resync = timeout_s, resync
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        started = time.monotonic()
+        evaluation = self._fleet.call("begin_evaluation", self._positions)
+        share = await_share(
+            lambda: self._fleet.call("take_evaluation", evaluation, POLL_S),
+            self._resync,
+            self._timeout_s,
+            f"validation of {len(self._positions)} prompts",
+        )
+        yield replace(collate(fetch(share)), version=self._step(), wait_s=time.monotonic() - started)

@@ -1,0 +1,121 @@
+"""WorkerRoster: which rollout workers live, hold which weights and carry how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SchedulePolicy = Literal["round_robin", "least_requests", "least_token_usage"]
+"""Which of several workers with room gets the next group."""
+
+
+@dataclass(slots=True)
+class WorkerEntry:
+    """What the controller knows of one worker.
+
+    Attributes:
+        name: stable over restarts.
+        incarnation: new with every start of its process or engine; leases of an older one are void.
+        handle: how the trainer reaches it (an actor handle).
+        version: weights its engine proved to hold, None until the first.
+        running: groups it holds.
+        tokens: tokens of the answers it holds, estimated between heartbeats.
+        last_seen_s, last_grant: for the deadline and for round robin.
+        report: the latest heartbeat's counters.
+    """
+
+    name: str
+    incarnation: str
+    handle: Any
+    last_seen_s: float
+    version: int | None = None
+    running: int = 0
+    tokens: int = 0
+    last_grant: int = 0
+    report: dict[str, float] = field(default_factory=dict)
+
+
+class WorkerRoster:
+    """Registration, heartbeats and choice of workers.
+
+    Args:
+        timeout_s: silence after which a worker counts as lost.
+        policy: see `SchedulePolicy`.
+    """
+
+    def __init__(self, timeout_s: float, policy: SchedulePolicy) -> None:
+        self.timeout_s = timeout_s
+        self.policy = policy
+        self.restarts = 0
+        self._entries: dict[str, WorkerEntry] = {}
+        self._known: set[str] = set()
+        self._grants = 0
+
+    def __iter__(self) -> Iterator[WorkerEntry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> WorkerEntry | None:
+        """The worker called `name`, if it is registered."""
+        return self._entries.get(name)
+
+    def register(self, name: str, incarnation: str, handle: Any, now_s: float) -> None:
+        """A worker is ready to generate, for the first time or again; it holds no proven weights yet."""
+        self.restarts += name in self._known
+        self._known.add(name)
+        self._entries[name] = WorkerEntry(name, incarnation, handle, now_s)
+
+    def heartbeat(self, name: str, incarnation: str, report: Mapping[str, float], now_s: float) -> bool:
+        """Notes that the worker lives; False if it must register again."""
+        entry = self._entries.get(name)
+        if entry is None or entry.incarnation != incarnation:
+            return False
+        entry.last_seen_s, entry.report, entry.tokens = now_s, dict(report), int(report.get("tokens", entry.tokens))
+        return True
+
+    def remove(self, name: str) -> None:
+        """The worker is lost; its next sign of life registers it anew."""
+        self._entries.pop(name, None)
+
+    def lost(self, now_s: float) -> list[str]:
+        """Workers silent for longer than the deadline."""
+        return [e.name for e in self._entries.values() if now_s - e.last_seen_s > self.timeout_s]
+
+    def mark_synced(self, names: Iterable[str], version: int) -> None:
+        """These workers proved that they hold `version`."""
+        for name in names:
+            if (entry := self._entries.get(name)) is not None:
+                entry.version = version
+
+    def unsynced(self, version: int) -> list[WorkerEntry]:
+        """Workers whose engine does not hold `version`."""
+        return [e for e in self._entries.values() if e.version != version]
+
+    def choose(self, candidates: Iterable[str], version: int) -> WorkerEntry | None:
+        """The candidate that gets the next group: only those with the current weights count."""
+        ready = [e for name in candidates if (e := self._entries.get(name)) is not None and e.version == version]
+        keys = {
+            "round_robin": lambda e: (e.last_grant,),
+            "least_requests": lambda e: (e.running, e.last_grant),
+            "least_token_usage": lambda e: (e.tokens, e.running, e.last_grant),
+        }
+        return min(ready, key=keys[self.policy], default=None)
+
+    def note_grant(self, entry: WorkerEntry, tokens: int) -> None:
+        """A group of about `tokens` tokens went to this worker."""
+        self._grants += 1
+        entry.last_grant = self._grants
+        entry.running += 1
+        entry.tokens += tokens
+
+    def note_return(self, name: str) -> None:
+        """A group came back from this worker, answered or not."""
+        if (entry := self._entries.get(name)) is not None:
+            entry.running = max(0, entry.running - 1)
+
+    def total(self, key: str) -> float:
+        """Sum of one counter over the latest heartbeats."""
+        return sum(e.report.get(key, 0.0) for e in self._entries.values())

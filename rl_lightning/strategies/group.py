@@ -1,0 +1,159 @@
+"""WorkerGroup: the trainer's actors, placed together on the cluster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rl_lightning.strategies.cluster import describe, started_here
+from rl_lightning.strategies.environment import Rank
+from rl_lightning.strategies.failures import RayWorkerError
+from rl_lightning.strategies.worker import Place, TrainWorker
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+PROGRESS_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """Size of the group.
+
+    Attributes:
+        num_workers: actors, one per rank.
+        num_cpus: Ray CPUs of each.
+        num_gpus: Ray GPUs of each.
+        env: environment variables that must be there before Python starts.
+        start_timeout_s: until all are up.
+    """
+
+    num_workers: int
+    num_cpus: float
+    num_gpus: float
+    env: Mapping[str, str]
+    start_timeout_s: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one worker."""
+        return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
+
+    def __str__(self) -> str:
+        each = " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in self.bundle.items())
+        return f"{self.num_workers} training worker{'s' * (self.num_workers != 1)} with {each} each"
+
+
+class WorkerGroup:
+    """Starts on construction and is up when the constructor returns; `stop` ends it, at once and always.
+
+    Args:
+        settings: its size.
+        check: called again and again while waiting; may raise to give up.
+
+    Attributes:
+        workers: actor handles by rank.
+        places: where they are, by rank. Ranks of one node follow each other, and the driver's node comes first.
+
+    Raises:
+        RayWorkerError: not all workers were up in time, or one failed to start; says what the cluster has.
+    """
+
+    def __init__(self, settings: GroupSettings, check: Callable[[], None]) -> None:
+        self._settings, self._check = settings, check
+        self._began_at = self._told_at = time.monotonic()
+        self.workers: list[Any] = []
+        self.places: list[Place] = []
+        self._bundles = placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
+        try:
+            self._await_bundles()
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def ranks(self, store_timeout_s: float) -> list[Rank]:
+        """The ranks, once rank 0 has opened the store that they meet at."""
+        port = ray.get(self.workers[0].open_store.remote(len(self.workers), store_timeout_s), timeout=60)
+        return number(self.places, port)
+
+    def stop(self) -> None:
+        """Kills the actors, and with them the actors that they own. Idempotent."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        remove_placement_group(self._bundles)
+
+    def _await_bundles(self) -> None:
+        while not self._bundles.wait(POLL_S):
+            self._wait_on("to be placed", self._settings.num_workers)
+
+    def _start(self) -> None:
+        strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_capture_child_tasks=False)
+        actor = ray.remote(TrainWorker).options(
+            num_cpus=self._settings.num_cpus,
+            num_gpus=self._settings.num_gpus,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": dict(self._settings.env)},
+        )
+        self.workers = [actor.remote() for _ in range(self._settings.num_workers)]
+        asked = [worker.place.remote() for worker in self.workers]
+        while pending := ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
+            self._wait_on("to start", len(pending))
+        try:
+            places = ray.get(asked)
+        except ray.exceptions.RayError as error:
+            raise RayWorkerError(f"a training worker did not start: {str(error).strip()}", cause=error) from error
+        order = in_order(places, ray.get_runtime_context().get_node_id())
+        self.workers, self.places = [self.workers[i] for i in order], [places[i] for i in order]
+
+    def _wait_on(self, what: str, missing: int) -> None:
+        self._check()
+        now = time.monotonic()
+        if now - self._began_at > self._settings.start_timeout_s or (what == "to be placed" and not self._could_fit()):
+            raise RayWorkerError(self._complaint(what, missing))
+        if now - self._told_at > PROGRESS_S:
+            self._told_at = now
+            logger.info("waiting for %d of %s %s; cluster %s", missing, self._settings, what, describe())
+
+    def _could_fit(self) -> bool:
+        """False only where the cluster is too small and will not grow."""
+        total = ray.cluster_resources()
+        wanted = {name: amount * self._settings.num_workers for name, amount in self._settings.bundle.items()}
+        return not started_here() or all(total.get(name, 0) >= amount for name, amount in wanted.items())
+
+    def _complaint(self, what: str, missing: int) -> str:
+        free, waited_s = ray.available_resources(), time.monotonic() - self._began_at
+        return (
+            f"{missing} of {self._settings} still wait {what} after {waited_s:.0f} s (start_timeout_s="
+            f"{self._settings.start_timeout_s:g}): the cluster is {describe()}, and free are {free.get('CPU', 0):g} CPUs and "
+            f"{free.get('GPU', 0):g} GPUs; ask for less (num_workers, num_cpus_per_worker, num_gpus_per_worker), end other "
+            f"jobs or add nodes"
+        )
+
+
+def in_order(places: list[Place], first_node: str) -> list[int]:
+    """Indices such that places of one node follow each other, `first_node` first, else as they came."""
+    seen: dict[str, int] = {first_node: -1}
+    for i, place in enumerate(places):
+        seen.setdefault(place.node_id, i)
+    return sorted(range(len(places)), key=lambda i: (seen[places[i].node_id], i))
+
+
+def number(places: list[Place], port: int) -> list[Rank]:
+    """Ranks of ordered places; rank 0 holds the store at `port`."""
+    nodes: dict[str, int] = {}
+    local: dict[str, int] = {}
+    ranks = []
+    for i, place in enumerate(places):
+        node = nodes.setdefault(place.node_id, len(nodes))
+        local[place.node_id] = local.get(place.node_id, -1) + 1
+        ranks.append(Rank(i, len(places), local[place.node_id], node, places[0].address, port))
+    return ranks

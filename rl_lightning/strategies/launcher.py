@@ -1,0 +1,104 @@
+"""RayLauncher: runs a trainer's function in Ray actors, as if it ran here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+
+from rl_lightning.strategies import cluster
+from rl_lightning.strategies.channel import start_channel
+from rl_lightning.strategies.group import GroupSettings, WorkerGroup
+from rl_lightning.strategies.job import Job, make_job, worker_environment
+from rl_lightning.strategies.progress import ProgressView
+from rl_lightning.strategies.result import RunResult, restore
+from rl_lightning.strategies.stopping import StopSignals
+from rl_lightning.strategies.watch import Patience, Watch
+
+if TYPE_CHECKING:
+    from rl_lightning.strategies.ray import RayStrategy
+
+logger = logging.getLogger(__name__)
+
+
+
+class RayLauncher(_Launcher):
+    """Created by RayStrategy on the driver; `launch` blocks until the run is over.
+
+    Args:
+        strategy: whose options it follows.
+    """
+
+    def __init__(self, strategy: RayStrategy) -> None:
+        self._strategy = strategy
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Works in notebooks."""
+        return True
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Runs `function` in every rank and brings rank 0's results, metrics, progress and callback states back.
+
+        Raises:
+            RayWorkerError: a rank failed; names it and its cause.
+            KeyboardInterrupt, SIGTERMException: the driver got the signal; everything has ended.
+        """
+        assert trainer is not None, "Lightning gives its trainer to every launcher"
+        with StopSignals() as signals:
+            try:
+                result = self._run(trainer, function, args, kwargs, signals)
+                if result is not None:
+                    restore(trainer, result)
+                signals.check()
+            except BaseException:
+                self._strategy.set_callbacks_aside(trainer)
+                if signals.received is not None:
+                    cluster.disconnect()
+                raise
+        assert result is not None
+        return result.results
+
+    def kill(self, signum: int) -> None:
+        """Nothing: the signals of a run are handled inside `launch`, and no process outlives it."""
+
+    def _run(
+        self, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any, signals: StopSignals
+    ) -> RunResult | None:
+        """Rank 0's result; None where the run was stopped and had to be killed."""
+        job = make_job(trainer, (function, args, kwargs), self._strategy.return_weights)
+        cluster.connect(self._strategy.ray_init, signals.check)
+        signals.install()
+        signals.check()
+        settings = GroupSettings(
+            self._strategy.num_processes,
+            self._strategy.num_cpus_per_worker,
+            self._strategy.gpus_per_worker,
+            {**worker_environment(), **self._strategy.env_vars},
+            self._strategy.start_timeout_s,
+        )
+        logger.info("starting %s", settings)
+        channel = start_channel(settings.num_workers)
+        try:
+            group = WorkerGroup(settings, signals.check)
+            try:
+                return self._watch(group, channel, job, signals)
+            finally:
+                group.stop()
+        finally:
+            ray.kill(channel)
+
+    def _watch(self, group: WorkerGroup, channel: Any, job: Job, signals: StopSignals) -> RunResult | None:
+        ranks = group.ranks(self._strategy.collective_timeout_s)
+        reference = ray.put(job)
+        runs = {group.workers[rank.index].run.remote(reference, rank, channel): rank.index for rank in ranks}
+        patience = Patience(self._strategy.stop_timeout_s, self._strategy.collective_timeout_s)
+        watch = Watch(runs, group.places, channel, signals, patience, ProgressView())
+        try:
+            return watch.until_over()
+        finally:
+            watch.close()

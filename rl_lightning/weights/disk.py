@@ -1,0 +1,123 @@
+"""DiskTransport: weights through safetensors files, in memory (/dev/shm) where engines share the trainer's machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rl_lightning.weights.buckets import Bucket, buckets_of
+from rl_lightning.weights.fingerprint import take_fingerprint
+from rl_lightning.weights.transport import Fingerprint, Refusal, WeightUpdate, no_refusal
+
+SHARD_BYTES = 4 * 2**30
+PREFIX = "rl-lightning-weights-"
+SHARED_MEMORY = Path("/dev/shm")
+
+logger = logging.getLogger(__name__)
+
+
+class DiskTransport:
+    """The trainer's side. `stage` writes a folder, whole or not at all; `send` has nothing left to do.
+
+    A folder holds safetensors files with an index; the newest stays until the next one is written, so that an engine that
+    comes late costs no second write.  The payload is `{"path": folder}`.
+
+    Args:
+        folder: made if needed; engines on other machines must see it under the same path. By default a new one, in shared
+            memory if there is room for two versions, else in the temporary directory.
+        shard_bytes: size of one file.
+    """
+
+    name = "disk"
+
+    def __init__(self, folder: str | Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+        self._given = None if folder is None else Path(folder)
+        self._folder: Path | None = None
+        self._shard_bytes = shard_bytes
+        self._newest: tuple[int, Path, Fingerprint] | None = None
+
+    def stage(self, version: int, weights: Iterable[tuple[str, Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
+        """Writes the weights unless this version was the last one written; the same folder for all `engines`."""
+        if self._newest is None or self._newest[0] != version:
+            self._write(version, [(name, tensor.detach()) for name, tensor in weights])
+        assert self._newest is not None
+        _, path, proof = self._newest
+        return [WeightUpdate(version, self.name, {"path": str(path)}, proof) for _ in engines]
+
+    def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
+        """Nothing: engines read what `stage` wrote."""
+
+    def release(self) -> None:
+        """Removes every folder but the newest."""
+        if self._folder is not None and self._newest is not None:
+            for path in self._folder.glob("version*"):
+                if path != self._newest[1]:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes all that was written."""
+        if self._folder is None:
+            return
+        for path in self._folder.glob("version*"):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not ours alone
+            self._folder.rmdir()
+        self._folder = self._newest = None
+
+    def _write(self, version: int, named: Bucket) -> None:
+        folder = self._open_folder(sum(tensor.nbytes for _, tensor in named))
+        path, staging = folder / f"version{version}", folder / f"version{version}.part"
+        for old in (path, staging):
+            shutil.rmtree(old, ignore_errors=True)
+        staging.mkdir()
+        write_shards(staging, named, self._shard_bytes)
+        staging.rename(path)
+        self._newest = (version, path, take_fingerprint(named))
+
+    def _open_folder(self, n_bytes: int) -> Path:
+        if self._folder is None:
+            if self._given is None:
+                self._folder = _temporary_folder(n_bytes)
+            else:
+                self._given.mkdir(parents=True, exist_ok=True)
+                self._folder = self._given
+        return self._folder
+
+
+def write_shards(folder: Path, named: Bucket, shard_bytes: int) -> None:
+    """Safetensors files and their index, as `transformers` and SGLang read them."""
+    from safetensors.torch import save_file
+
+    files: dict[str, str] = {}
+    for i, bucket in enumerate(buckets_of(named, shard_bytes), start=1):
+        file = f"model-{i:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in bucket}, folder / file, metadata={"format": "pt"})
+        files.update({name: file for name, _ in bucket})
+    size = sum(tensor.nbytes for _, tensor in named)
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _temporary_folder(n_bytes: int) -> Path:
+    """In memory if two versions fit, else on disk. The name tells whose it is, so that the next run can clear up after a kill."""
+    _remove_orphans()
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 3 * n_bytes
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY if roomy else None))
+
+
+def _remove_orphans() -> None:
+    """Folders of trainers that were killed."""
+    for parent in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in parent.glob(f"{PREFIX}*-*"):
+            owner = path.name.removeprefix(PREFIX).partition("-")[0]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                logger.info("removing weights that a killed run left in %s", path)
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,210 @@
+"""DistributedTransport: weights by broadcast (NCCL between GPUs, gloo between CPUs) straight into the engines' servers.
+
+Rank 0 of the process group is the trainer, ranks 1.. are SGLang's servers.  Tensors travel in flat buckets.  A group lives
+as long as its members: when an engine was restarted or the set of engines changed, a new one is formed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rl_lightning.weights.buckets import Bucket, buckets_of
+from rl_lightning.weights.channel import SyncChannel, SyncFailed, serve_store
+from rl_lightning.weights.fingerprint import take_fingerprint
+from rl_lightning.weights.transport import Refusal, WeightUpdate, no_refusal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, TCPStore
+
+BUCKET_BYTES = 512 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class DistributedTransport:
+    """The trainer's side. `stage` only plans; the tensors are read in `send` and must not change in between.
+
+    NCCL: SGLang's processes run with NCCL_CUMEM_ENABLE=0, and a trainer that does not would wait for ever.  The variable
+    must be in the trainer's environment before its first use of NCCL; it is set here for those who use it nowhere else.
+
+    Args:
+        backend: `nccl` or `gloo`; by default what the weights' device has.
+        host: address of this machine that engines can reach; by default Ray's node address, or 127.0.0.1 without Ray.
+        bucket_bytes: size of one broadcast; that much memory is taken beside the weights.
+    """
+
+    name = "distributed"
+
+    def __init__(self, backend: str | None = None, host: str | None = None, bucket_bytes: int = BUCKET_BYTES) -> None:
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+        self._backend, self._host, self._bucket_bytes = backend, host, bucket_bytes
+        self._store: TCPStore | None = None
+        self._counter = itertools.count()
+        self._group: ProcessGroup | None = None
+        self._group_name = ""
+        self._buckets: list[Bucket] = []
+        self._channel: SyncChannel | None = None
+        self._world = 1
+
+    def stage(self, version: int, weights: Iterable[tuple[str, Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
+        """The plan of a broadcast to `engines`, whose ranks are 1, 2, ... in that order."""
+        named = [(name, tensor.detach()) for name, tensor in weights]
+        if self._store is None:
+            self._host = self._host or _own_address()
+            self._store = serve_store(self._host)
+        if self._backend is None:
+            self._backend = "nccl" if named[0][1].is_cuda else "gloo"
+        self._buckets = list(buckets_of(named, self._bucket_bytes))
+        self._world = 1 + len(engines)
+        sync = f"sync{next(self._counter)}"
+        self._channel = SyncChannel(self._store, sync)
+        payload = {
+            "host": self._host,
+            "port": self._store.port,
+            "sync": sync,
+            "backend": self._backend,
+            "world_size": self._world,
+            "buckets": [describe(bucket) for bucket in self._buckets],
+        }
+        proof = take_fingerprint(named)
+        return [WeightUpdate(version, self.name, {**payload, "rank": rank}, proof) for rank in range(1, self._world)]
+
+    def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
+        """Broadcasts what was staged.
+
+        Raises:
+            TimeoutError: an engine did not take part within `timeout_s`, or said that it cannot; the group is given up.
+        """
+        assert self._channel is not None, "stage comes before send"
+        deadline = time.monotonic() + timeout_s
+        self._channel.refusal = refusal
+        try:
+            self._agree_on_group(self._channel, deadline)
+            for bucket in self._buckets:
+                self._broadcast(flatten(bucket), self._channel, deadline)
+        except (SyncFailed, TimeoutError, RuntimeError) as error:  # RuntimeError: a broken connection in the collective
+            self._channel.fail(f"the trainer gave up: {error}")
+            self._leave_group()
+            raise TimeoutError(f"weights did not reach every engine: {error}") from error
+
+    def release(self) -> None:
+        """Forgets the tensors."""
+        self._buckets = []
+
+    def close(self) -> None:
+        """Leaves the group and ends the store."""
+        self.release()
+        self._leave_group()
+        self._store = self._channel = None
+
+    # -- inside
+
+    def _agree_on_group(self, channel: SyncChannel, deadline: float) -> None:
+        """Uses the group that all engines are in, or forms a new one with them."""
+        groups = channel.groups(range(1, self._world), deadline)
+        if self._group is not None and all(group == self._group_name for group in groups):
+            channel.go(self._group_name)
+            return
+        self._leave_group()
+        name = f"rl-lightning-{uuid.uuid4().hex}"
+        channel.go(name)
+        formed: list[ProcessGroup] = []
+        join = _Background(lambda: formed.append(self._form_group(name, deadline)))
+        channel.watch(join.done, deadline, "the engines to join a process group")
+        join.result()
+        self._group, self._group_name = formed[0], name
+
+    def _form_group(self, name: str, deadline: float) -> ProcessGroup:
+        """The other half of what SGLang does in `/init_weights_update_group`. Blocks until all have joined."""
+        from torch.distributed import Backend, PrefixStore, distributed_c10d
+
+        assert self._store is not None and self._backend is not None
+        timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+        store = PrefixStore(name, self._store)
+        helper: Any = distributed_c10d._new_process_group_helper
+        group, _ = helper(self._world, 0, [], Backend(self._backend), store, group_name=name, timeout=timeout)
+        return group
+
+    def _broadcast(self, flat: Tensor, channel: SyncChannel, deadline: float) -> None:
+        from torch.distributed import BroadcastOptions
+
+        assert self._group is not None
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.asyncOp = True
+        work = self._group.broadcast([flat], options)
+        channel.watch(work.is_completed, deadline, f"a broadcast of {flat.numel() / 2**20:.0f} MiB to {self._world - 1} engines")
+        work.wait()
+
+    def _leave_group(self) -> None:
+        """Gives the communicator up without waiting for anybody."""
+        group, self._group, self._group_name = self._group, None, ""
+        if group is None:
+            return
+        from torch.distributed import distributed_c10d
+
+        if self._backend == "nccl":
+            group._get_backend(torch.device("cuda")).abort()
+        for registry in (
+            distributed_c10d._world.pg_map,
+            distributed_c10d._world.pg_names,
+            distributed_c10d._world.pg_backend_config,
+            distributed_c10d._world.pg_to_tag,
+        ):
+            registry.pop(group, None)
+
+
+class _Background:
+    """A blocking call in a thread of its own, which is left behind if nobody waits for it any more."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name="weight-transfer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        except Exception as error:  # handed to whoever asks for the result
+            self._error = error
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def describe(bucket: Bucket) -> dict[str, Any]:
+    """What SGLang must know to take a flat bucket apart."""
+    return {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
+
+
+def flatten(bucket: Bucket) -> Tensor:
+    """(bytes,) uint8: the tensors' memory end to end."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+
+
+def _own_address() -> str:
+    """Ray's address of this node, which other nodes reach, or the loopback address where Ray does not run."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"

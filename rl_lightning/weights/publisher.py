@@ -1,0 +1,170 @@
+"""WeightPublisher: after every training step the engines go on with the trainer's weights."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+from rl_lightning.engines.engine import EngineError, WeightMismatchError
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import LightningModule, Trainer
+
+    from rl_lightning.rollout.datamodule import RolloutDataModule
+    from rl_lightning.weights.transport import WeightTransport
+
+logger = logging.getLogger(__name__)
+
+
+class WeightPublisher(Callback):
+    """Makes version v live everywhere: stage, hand to every engine, send, collect the proofs, tell the controller.
+
+    Runs on trainer rank 0 at the start, after every step, before a stand-alone validation, and, for engines that were
+    restarted, while the trainer waits for a batch.  An engine that fails or does not answer in time is left to its
+    worker, which restarts it; it gets no prompts until it has proved the current weights.  An engine whose weights
+    differ from the trainer's stops the run.
+    """
+
+    def __init__(self) -> None:
+        self._transport: WeightTransport | None = None
+        self._version: int | None = None
+
+    # -- Callback
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation before training needs weights too."""
+        self._publish_if_new(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The engines start from what the trainer starts from, also after a resume."""
+        self._publish_if_new(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For `validate`, where nothing was trained."""
+        self._publish_if_new(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """The step is finished: its weights are the next version."""
+        stopped_s, took_s = self._publish_if_new(trainer, pl_module)
+        pl_module.log_dict({"time/weight_sync": took_s, "time/generation_paused": stopped_s}, rank_zero_only=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Frees the transport."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Frees the transport."""
+        self._close()
+
+    # -- inside
+
+    def _publish_if_new(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
+        """(longest time that an engine stood still, whole duration) in seconds; zeros on other ranks."""
+        data: RolloutDataModule | None = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or getattr(data, "fleet", None) is None or self._version == trainer.global_step:
+            return 0.0, 0.0
+        assert data is not None and data.fleet is not None
+        started = time.monotonic()
+        if self._version is None:
+            data.resync = lambda workers: self._resync(trainer, pl_module, data, workers)
+            workers = data.fleet.wait_for_workers()
+        else:
+            workers = data.fleet.call("workers")
+        stopped_s = self._deliver(trainer.global_step, pl_module, data, workers)
+        self._version = trainer.global_step
+        return stopped_s, time.monotonic() - started
+
+    def _resync(
+        self, trainer: Trainer, pl_module: LightningModule, data: RolloutDataModule, workers: Sequence[tuple[str, Any]]
+    ) -> None:
+        logger.info("sending version %d again to %s", trainer.global_step, ", ".join(name for name, _ in workers))
+        self._deliver(trainer.global_step, pl_module, data, workers)
+
+    def _deliver(
+        self, version: int, pl_module: LightningModule, data: RolloutDataModule, workers: Sequence[tuple[str, Any]]
+    ) -> float:
+        assert data.fleet is not None
+        if self._transport is None:
+            self._transport = make_transport(data.transport_name)
+        names = [name for name, _ in workers]
+        updates = self._transport.stage(version, named_weights(pl_module), names) if workers else []
+        acks = {
+            handle.update_weights.remote(update, data.sync_timeout_s): name
+            for (name, handle), update in zip(workers, updates, strict=True)
+        }
+        try:
+            if acks:
+                self._transport.send(data.sync_timeout_s, lambda: refusal(acks))
+        except TimeoutError as error:
+            logger.warning("version %d was not taken by every engine: %s", version, error)
+        stopped_s = self._collect(version, acks, data.sync_timeout_s)
+        if self._transport is not None:
+            self._transport.release()
+        data.fleet.call("publish", version, list(stopped_s))
+        return max(stopped_s.values(), default=0.0)
+
+    def _collect(self, version: int, acks: dict[Any, str], timeout_s: float) -> dict[str, float]:
+        """Seconds of stopped generation for every engine that proved its weights."""
+        import ray
+
+        done, late = ray.wait(list(acks), num_returns=len(acks), timeout=timeout_s + 10.0) if acks else ([], [])
+        for ref in late:
+            logger.warning("%s did not acknowledge version %d within %.0f s", acks[ref], version, timeout_s)
+        stopped_s = {}
+        for ref in done:
+            try:
+                stopped_s[acks[ref]] = ray.get(ref)
+            except WeightMismatchError as error:
+                what = f"{acks[ref]} does not hold the weights of version {version}"
+                raise WeightMismatchError(f"{what}: {reason(error)}") from None
+            except (EngineError, ray.exceptions.RayActorError) as error:
+                logger.warning("%s did not take version %d: %s", acks[ref], version, reason(error))
+        return stopped_s
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+
+def refusal(acks: dict[Any, str]) -> str | None:
+    """Why an engine has already refused its update, if one has."""
+    import ray
+
+    done, _ = ray.wait(list(acks), num_returns=len(acks), timeout=0)
+    for ref in done:
+        try:
+            ray.get(ref)
+        except (EngineError, WeightMismatchError, ray.exceptions.RayActorError) as error:
+            return f"{acks[ref]} refused: {reason(error)}"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """The sentence of an error that an actor raised, without Ray's traceback around it."""
+    return str(getattr(error, "cause", None) or error)
+
+
+def named_weights(pl_module: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) of every weight, shared ones once."""
+    return ((name, parameter.detach()) for name, parameter in pl_module.model.named_parameters())
+
+
+def make_transport(name: str) -> WeightTransport:
+    """The transport called `name`."""
+    if name == "disk":
+        from rl_lightning.weights.disk import DiskTransport
+
+        return DiskTransport()
+    if name == "object_store":
+        from rl_lightning.weights.object_store import ObjectStoreTransport
+
+        return ObjectStoreTransport()
+    from rl_lightning.weights.distributed import DistributedTransport
+
+    return DistributedTransport()

@@ -1,0 +1,255 @@
+"""What every engine must do, shown on SGLang's real server (CPU) and on TorchEngine, with a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from rl_lightning.engines.engine import Engine, EngineError, WeightMismatchError
+from rl_lightning.engines.sglang import SGLangEngine
+from rl_lightning.engines.torch import TorchEngine
+from rl_lightning.models.tiny import CHARACTERS, write_tiny_model
+from rl_lightning.types import Completion, GenerationRequest, SamplingParams
+from rl_lightning.weights.disk import DiskTransport
+from rl_lightning.weights.distributed import DistributedTransport
+from rl_lightning.weights.object_store import ObjectStoreTransport
+
+VOCABULARY = CHARACTERS + "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
+"""So large that a random model almost never samples the end of sequence by itself."""
+
+PROMPT = (5, 6, 7, 8, 9)
+TRANSPORTS = {"disk": DiskTransport, "distributed": DistributedTransport, "object_store": ObjectStoreTransport}
+
+
+class Running:
+    """An engine on an event loop of its own, as in a worker, and the reference models of the versions it was given."""
+
+    def __init__(self, engine: Engine, folders: list[Path]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.engine, self.folders, self.version = engine, folders, 0
+        self.models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders]
+        self.live = {0: self.models[0]}
+        self.transports: dict[str, Any] = {}
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float = 120.0) -> Any:
+        return self.submit(coroutine).result(timeout_s)
+
+    def ask(self, count: int = 1, prompt: tuple[int, ...] = PROMPT, **params: Any) -> Any:
+        """Futures' results of `count` requests at once."""
+        return [future.result(120) for future in self.ask_later(count, prompt, **params)]
+
+    def ask_later(self, count: int = 1, prompt: tuple[int, ...] = PROMPT, **params: Any) -> list[Any]:
+        sampling = SamplingParams(**params)
+        return [self.submit(self.engine.generate(GenerationRequest(f"r{i}", prompt, sampling, seed=i))) for i in range(count)]
+
+    def publish(self, model: int, transport: str | None = None, tamper: bool = False) -> float:
+        """Makes the weights of `models[model]` the next version, as the trainer does; seconds of stopped generation."""
+        name = transport or self.engine.transports[0]
+        sender = self.transports.setdefault(name, TRANSPORTS[name]())
+        weights = [(n, p.detach()) for n, p in self.models[model].named_parameters()]
+        [update] = sender.stage(self.version + 1, weights, ["worker"])
+        if tamper:
+            key = next(iter(update.fingerprint))
+            update = replace(update, fingerprint={**update.fingerprint, key: (9.0, *update.fingerprint[key][1:])})
+        self.version += 1
+        self.live[self.version] = self.models[model]
+        taken = self.submit(self.engine.update_weights(update))
+        try:
+            sender.send(30.0)
+            return taken.result(60)
+        finally:
+            sender.release()
+
+    def logprobs(self, version: int, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+        """What Hugging Face says of each token under the weights of `version`."""
+        ids = torch.tensor([*PROMPT, *completion.token_ids.tolist()])
+        with torch.no_grad():
+            scaled = self.live[version](ids[None]).logits[0, len(PROMPT) - 1 : -1] / temperature
+        return scaled.log_softmax(-1).gather(1, ids[len(PROMPT) :, None])[:, 0].numpy()
+
+    def close(self) -> None:
+        self.run(self.engine.stop())
+        for transport in self.transports.values():
+            transport.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    return [write_tiny_model(root / f"seed{seed}", characters=VOCABULARY, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module", params=["torch", "sglang"])
+def running(request: pytest.FixtureRequest, folders: list[Path]) -> Iterator[Running]:
+    engine: Engine = TorchEngine(device="cpu") if request.param == "torch" else SGLangEngine(device="cpu")
+    running = Running(engine, folders)
+    try:
+        running.run(engine.start(str(folders[0])), 300)
+        yield running
+    finally:
+        running.close()
+
+
+def test_greedy_answer_is_the_one_of_hugging_face(running: Running) -> None:
+    [completion] = running.ask(max_new_tokens=24, greedy=True)
+    expected = running.live[running.version].generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)
+    assert completion.token_ids.tolist() == expected[0, len(PROMPT) :].tolist()
+    np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion), atol=1e-4)
+
+
+def test_logprobs_are_of_the_temperature_scaled_distribution(running: Running) -> None:
+    for completion in running.ask(4, max_new_tokens=32, temperature=0.6, top_p=0.9, top_k=50):
+        np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion, 0.6), atol=1e-4)
+
+
+def test_many_answers_at_once_differ_and_have_their_own_lengths(running: Running) -> None:
+    futures = [f for n in (1, 2, 7, 30) for f in running.ask_later(8, max_new_tokens=n)]
+    completions = [future.result(60) for future in futures]
+    assert [c.finish_reason for c in completions].count("length") >= 30
+    assert all(
+        len(c) == n
+        for n, c in zip([1] * 8 + [2] * 8 + [7] * 8 + [30] * 8, completions, strict=True)
+        if c.finish_reason == "length"
+    )
+    assert len({tuple(c.token_ids.tolist()) for c in completions[-8:]}) == 8
+    assert all(c.token_ids.dtype == np.int32 and c.logprobs.dtype == np.float32 for c in completions)
+
+
+def test_stop_token_ends_an_answer_and_is_part_of_it(running: Running) -> None:
+    [free] = running.ask(max_new_tokens=24, greedy=True)
+    stop = int(free.token_ids[6])
+    [completion] = running.ask(max_new_tokens=24, greedy=True, stop_token_ids=(stop,))
+    first = free.token_ids.tolist().index(stop)
+    assert (completion.finish_reason, completion.token_ids.tolist()) == ("stop", free.token_ids[: first + 1].tolist())
+
+
+def test_stop_text_may_span_tokens(running: Running) -> None:
+    [free] = running.ask(max_new_tokens=24, greedy=True)
+    text = "".join(VOCABULARY[i - 3] for i in free.token_ids)
+    stop = text[5:8]
+    [completion] = running.ask(max_new_tokens=24, greedy=True, stop=(stop,))
+    end = text.index(stop) + len(stop)
+    assert (completion.finish_reason, completion.token_ids.tolist()) == ("stop", free.token_ids[:end].tolist())
+
+
+def test_min_new_tokens_holds_against_stops(running: Running) -> None:
+    [free] = running.ask(max_new_tokens=24, greedy=True)
+    stop_text, stop_id = VOCABULARY[free.token_ids[2] - 3], int(free.token_ids[3])
+    for stops in ({"stop": (stop_text,)}, {"stop_token_ids": (stop_id,)}):
+        [completion] = running.ask(max_new_tokens=24, min_new_tokens=16, greedy=True, **stops)
+        assert 16 <= len(completion) <= 24
+
+
+@pytest.mark.parametrize("transport", [0, 1])
+def test_an_answer_crosses_two_weight_updates(running: Running, transport: int) -> None:
+    name = running.engine.transports[transport]
+    before = running.version
+    futures = running.ask_later(8, max_new_tokens=900)
+    for model in (1, 2):
+        time.sleep(0.4)
+        stopped_s = running.publish(model, name)
+        assert 0 < stopped_s < 10
+    completions = [future.result(120) for future in futures]
+    assert sum(set(c.versions.tolist()) == {before, before + 1, before + 2} for c in completions) >= 4
+    for completion in completions:
+        assert (np.diff(completion.versions) >= 0).all()
+        assert len(completion) == 900 or completion.finish_reason == "stop"
+        expected = np.select(
+            [completion.versions == v for v in range(before, before + 3)],
+            [running.logprobs(v, completion) for v in range(before, before + 3)],
+        )
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+    [later] = running.ask(max_new_tokens=16)
+    np.testing.assert_allclose(later.logprobs, running.logprobs(running.version, later), atol=1e-3)
+
+
+def test_a_stop_text_is_found_across_an_update(running: Running) -> None:
+    running.publish(1)
+    stops = tuple(VOCABULARY[50 + i] + VOCABULARY[60 + j] for i in range(1, 4) for j in range(3))
+    futures = running.ask_later(8, max_new_tokens=400, stop=stops)
+    for _ in range(3):
+        time.sleep(0.1)
+        running.publish(1)
+    for completion in (future.result(60) for future in futures):
+        text = "".join(VOCABULARY[i - 3] if i > 2 else " " for i in completion.token_ids)
+        assert not any(stop in text[:-1] for stop in stops)
+
+
+def test_wrong_weights_are_noticed_and_the_right_ones_repair(running: Running) -> None:
+    with pytest.raises(WeightMismatchError, match=f"version {running.version + 1}"):
+        running.publish(2, "disk", tamper=True)
+    running.publish(1)
+    [completion] = running.ask(max_new_tokens=8)
+    np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion), atol=1e-3)
+
+
+def test_a_cancelled_answer_frees_its_place(running: Running) -> None:
+    futures = running.ask_later(16, max_new_tokens=1000)
+    time.sleep(0.3)
+    for future in futures:
+        future.cancel()
+    started = time.monotonic()
+    if isinstance(running.engine, SGLangEngine):
+        running.run(running.engine._client.flush(), 5)  # refused as long as anything runs
+    running.ask(max_new_tokens=1)
+    assert time.monotonic() - started < 5
+
+
+def test_health_of_a_live_engine(running: Running) -> None:
+    running.run(running.engine.health())
+    futures = running.ask_later(4, max_new_tokens=200)
+    running.run(running.engine.health())
+    assert all(len(future.result(60)) for future in futures)
+
+
+def test_a_request_that_cannot_fit_is_refused(running: Running) -> None:
+    with pytest.raises((ValueError, EngineError)):
+        running.ask(prompt=PROMPT * 300, max_new_tokens=4)
+    running.ask(max_new_tokens=1)
+
+
+def test_a_killed_server_is_an_error_at_once_and_can_be_started_again(running: Running) -> None:
+    engine = running.engine
+    if not isinstance(engine, SGLangEngine):
+        pytest.skip("has no server")
+    for victim in ("server", "scheduler"):
+        server = psutil.Process(engine._process.pid)
+        family = [server, *server.children(recursive=True)]
+        futures = running.ask_later(4, max_new_tokens=1000)
+        time.sleep(0.3)
+        scheduler = next(p for p in family if "scheduler" in p.name() or "scheduler" in " ".join(p.cmdline()))
+        os.kill(engine._process.pid if victim == "server" else scheduler.pid, signal.SIGKILL)
+        started = time.monotonic()
+        errors = [error for future in futures if (error := future.exception(30)) is not None]  # one may have ended by itself
+        assert len(errors) >= 2 and all(isinstance(error, EngineError) and "SGLang" in str(error) for error in errors)
+        assert time.monotonic() - started < 10
+        with pytest.raises(EngineError):
+            running.run(engine.health())
+        running.run(engine.stop())
+        assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if victim == "server":
+            running.run(engine.start(str(running.folders[0])), 300)
+            [completion] = running.ask(max_new_tokens=4)
+            assert completion.versions.tolist() == [0] * len(completion)
+            running.publish(2, "distributed")  # the trainer's process group still has the dead server in it
+            [completion] = running.ask(max_new_tokens=4)
+            np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion), atol=1e-3)

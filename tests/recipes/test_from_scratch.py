@@ -1,0 +1,43 @@
+"""The two recipes from scratch, shrunk: imitation, then PPO on what it saved, both as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def run(folder: Path, *command: str) -> str:
+    """Runs Python in `folder`; returns what it logged."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0", "RAY_TMPDIR": str(folder / "ray")}
+    (folder / "ray").mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_from_scratch(folder: Path):
+    run(folder, str(RECIPES / "tiny_from_scratch.py"))
+    fit = ("-m", "rl_lightning", "fit", "--config")
+    run(folder, *fit, f"{RECIPES}/tiny_from_scratch_sft.yaml", "--trainer.max_epochs=1")
+    imitator = "runs/checkpoints/tiny-sft/trial0/epoch1epochstep32globalstep32"
+    log = run(folder, *fit, f"{RECIPES}/tiny_from_scratch_ppo.yaml", f"--model.path={imitator}", "--trainer.max_steps=3")
+    assert "Epoch 1/1 step 3/150 (global step 3) finishes." in (folder / "runs/logs/tiny-ppo/trial0/main.log").read_text()
+    assert (folder / "runs/checkpoints/tiny-ppo/trial0/epoch1epochstep3globalstep3/model.safetensors").exists()
+    assert (folder / "runs/logs/tiny-ppo/trial0/rollouts/rank0.jsonl").read_text().count("\n") == 3 * 32 * 8
+    assert "RayStrategy on Ray" in log

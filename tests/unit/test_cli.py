@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import logging
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_samples import SmallData, SmallModule
+
+from rl_lightning.cli import RLCLI, main
+from rl_lightning.rollout.datamodule import RolloutDataModule
+
+SMALL = ["--model=run_samples.SmallModule", "--data=run_samples.SmallData", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A command line of our own, runs below a temporary folder, and no failure counted yet."""
+    monkeypatch.setattr(sys, "argv", ["rl-lightning"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(TESTS)
+    monkeypatch.setattr(SmallModule, "failures", [])
+
+
+def fit(*options: str) -> RLCLI:
+    return RLCLI(["fit", *SMALL, *QUIET, *options])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line by which the command line refuses."""
+    with pytest.raises(SystemExit) as exit_:
+        RLCLI(["fit", *SMALL, *options])
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    return line.partition("error: ")[2]
+
+
+# -- configuration
+
+
+def test_short_names_defaults_and_shared_values():
+    cli = RLCLI(
+        [
+            "--model=AsyncPPOModule",
+            "--model.path=models/m",
+            "--seed_everything=7",
+            "--data=RolloutDataModule",
+            "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts",
+            '--data.rewards=[{"reward": "rl_lightning.rewards.exact.exact_match"}]',
+            "--data.engine=rl_lightning.testing.FakeEngine",
+        ],
+        run=False,
+    )
+    assert isinstance(cli.datamodule, RolloutDataModule)
+    assert cli.datamodule.model_path == "models/m"
+    assert (cli.datamodule.seed, cli.model.seed) == (7, 7)
+    assert (cli.trainer.max_epochs, cli.trainer.num_sanity_val_steps) == (5, 0)
+    assert not Path("runs").exists()
+
+
+def test_anyones_module_without_the_shared_options_works():
+    cli = RLCLI(["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--data=run_samples.SmallData"], run=False)
+    assert isinstance(cli.datamodule, SmallData) and cli.datamodule.seed == 1
+
+
+def test_the_saved_configuration_repeats_the_run():
+    first = fit("--model.lr=0.05", "--run.experiment=e", "--seed_everything=3")
+    config = Path("runs/logs/e/trial0/config.yaml")
+    assert yaml.safe_load(config.read_text())["run"]["trial"] == "trial0"
+    second = RLCLI(["fit", f"--config={config}"])
+    assert second.model.losses == first.model.losses and second.model.lr == 0.05
+    assert second.run_config is not None and second.run_config.trial == "trial1"
+    one, two = (yaml.safe_load(Path(f"runs/logs/e/trial{i}/config.yaml").read_text()) for i in range(2))
+    assert {**one, "run": None} == {**two, "run": None}
+
+
+def test_options_are_saved_resolved():
+    fit()
+    config = yaml.safe_load(Path("runs/logs/experiment/trial0/config.yaml").read_text())
+    assert config["run"]["ckpt_freq_secs"] == 600 and config["seed_everything"] == 1
+    assert config["model"] == {
+        "class_path": "run_samples.SmallModule",
+        "init_args": {"path": "models/none", "lr": 0.1, "fail_at": None, "error": "RuntimeError"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trainer.max_epoks=3"], "trainer.max_epoks is not an option; did you mean trainer.max_epochs?"),
+        (["--run.trail=x"], "run.trail is not an option; did you mean run.trial?"),
+        (["--model.lrr=1"], "model.lrr is not an option of SmallModule; did you mean lr?"),
+        (["--data.n_stepz=1"], "data.n_stepz is not an option of SmallData; did you mean n_steps?"),
+        (["--data.n_steps=many"], "data.n_steps: expected int, got 'many'"),
+        (["--trainer.max_epochs=three"], "trainer.max_epochs: expected int, got 'three'"),
+        (["--run.recover_mode=sometimes"], "run.recover_mode: expected 'auto' or 'resume' or 'disabled', got 'sometimes'"),
+        (["--model=NoModule"], "model: expected an import path or the name of a known class, got 'NoModule'"),
+        (["--model=nowhere.Module"], "model: No module named 'nowhere'; give an import path such as package.module.name"),
+        (["--config=/none.yaml"], "config: File does not exist: '/none.yaml'"),
+    ],
+)
+def test_wrong_options_are_one_sentence(capsys: pytest.CaptureFixture[str], options: list[str], sentence: str):
+    assert refused(capsys, *options) == sentence
+
+
+def test_wrong_options_of_nested_classes_are_one_sentence(capsys: pytest.CaptureFixture[str]):
+    rollouts = ["--data=RolloutDataModule", "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts"]
+    rewards = '--data.rewards=[{"reward": "rl_lightning.rewards.exact.exact_match", "wight": 2}]'
+    assert (
+        refused(capsys, *rollouts, "--data.prompts.siz=3")
+        == "data.prompts.siz is not an option of ArithmeticPrompts; did you mean size?"
+    )
+    assert refused(capsys, *rollouts, rewards) == "data.rewards.wight is not an option of WeightedReward; did you mean weight?"
+    expected = "data.generation.temprature is not an option of RolloutDataModule; did you mean temperature?"
+    assert refused(capsys, *rollouts, "--data.generation.temprature=3") == expected
+
+
+def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    for options, sentence in (
+        (["--model.lr=-1"], "lr=-1.0 must be above 0"),
+        (["--run.save_freq_steps=0"], "run.save_freq_steps=0 must be positive, or null for never"),
+        (["--data.fail_check=true"], "prompts.jsonl line 3: no field `prompt`"),
+        (
+            ["--ckpt_path=last", "--run.trial=none"],
+            "--ckpt_path last: there is no restart checkpoint in runs/checkpoints/experiment/none",
+        ),
+    ):
+        caplog.clear()
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", *SMALL, *QUIET, *options])
+        assert exit_.value.code == 2
+        assert caplog.records[-1].getMessage().startswith(sentence)
+
+
+def test_weights_and_biases_not_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"run.wandb_mode=online needs Weights & Biases: install it .* or set run.wandb_mode=disabled"
+    ):
+        fit("--run.wandb_mode=online")
+
+
+# -- files and messages of a run
+
+
+def test_a_run_says_where_everything_goes_and_puts_it_there(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "rl_lightning"):
+        fit("--run.experiment=e", "--run.fileroot=out", "--run.ckpt_freq_steps=1")
+    text = caplog.text
+    for part in (
+        "fit SmallModule with SmallData",
+        "Experiment e, trial trial0",
+        "out/logs/e/trial0",
+        "config.yaml",
+        "out/checkpoints/e/trial0",
+    ):
+        assert part in text
+    logs, checkpoints = Path("out/logs/e/trial0"), Path("out/checkpoints/e/trial0")
+    main_log = (logs / "main.log").read_text()
+    assert "Experiment e, trial trial0" in main_log
+    assert main_log.count("Epoch 1/2 step 1/4 (global step 1) finishes.") == 1
+    assert (logs / "rollouts/rank0.jsonl").read_text().count("\n") == 16
+    assert list(logs.glob("events.out.tfevents.*"))
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "epoch1epochstep4globalstep4",
+        "epoch2epochstep4globalstep8",
+        "last.ckpt",
+    ]
+
+
+def test_loggers_of_the_user_take_the_place_of_ours():
+    cli = fit("--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=csv")
+    assert [type(target).__name__ for target in cli.trainer.loggers] == ["CSVLogger"]
+    assert not list(Path("runs/logs/experiment/trial0").glob("events*"))
+    assert Path("runs/logs/experiment/trial0/config.yaml").exists()
+
+
+def test_no_logger_at_all():
+    assert fit("--trainer.logger=false").trainer.loggers == []
+
+
+def test_callbacks_of_the_user_take_the_place_of_ours():
+    own = ["--trainer.callbacks+=rl_lightning.callbacks.export.Export", "--trainer.callbacks.folder=mine"]
+    cli = fit(*own, "--trainer.callbacks+=lightning.pytorch.callbacks.ModelSummary")
+    names = [type(c).__name__ for c in cli.trainer.callbacks]
+    assert names.count("Export") == 1 and "ModelSummary" in names and names.count("RunLog") == 1
+    assert len(list(Path("mine").iterdir())) == 2
+
+
+def test_validate_writes_to_the_run_it_validates(caplog: pytest.LogCaptureFixture):
+    fit("--run.ckpt_freq_steps=1")
+    with caplog.at_level(logging.INFO, "rl_lightning"):
+        RLCLI(["validate", *SMALL, "--ckpt_path=last", "--trainer.enable_progress_bar=false"])
+    assert sorted(p.name for p in Path("runs/logs/experiment").iterdir()) == ["trial0"]
+    assert "val_reward" in caplog.text
+
+
+# -- going on
+
+
+def test_ckpt_path_last_goes_on_in_the_same_run():
+    whole = fit("--run.experiment=whole")
+    fit("--run.experiment=e", "--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
+    resumed = fit("--run.experiment=e", "--ckpt_path=last")
+    assert resumed.model.losses == whole.model.losses[3:]
+    assert [p.name for p in Path("runs/logs/e").iterdir()] == ["trial0"]
+    assert yaml.safe_load(Path("runs/logs/e/trial0/config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_resume_starts_from_the_checkpoint_or_the_beginning():
+    whole = fit("--run.experiment=whole")
+    first = fit("--run.experiment=e", "--run.recover_mode=resume", "--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
+    second = fit("--run.experiment=e", "--run.recover_mode=resume")
+    assert first.model.losses + second.model.losses == whole.model.losses
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_failure_is_recovered_from(checkpoints: bool, caplog: pytest.LogCaptureFixture):
+    whole = fit("--run.experiment=whole")
+    every = "--run.ckpt_freq_steps=2" if checkpoints else "--run.ckpt_freq_secs=600"
+    recovered = fit("--model.fail_at=5", every)
+    assert SmallModule.failures == ["RuntimeError"]
+    assert recovered.model.losses == whole.model.losses[4 if checkpoints else 0 :]
+    assert recovered.trainer.global_step == 8
+    assert "it broke" in caplog.text and "Starting again from" in caplog.text
+    assert Path("runs/logs/experiment/trial0/main.log").read_text().count("(global step 8) finishes") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--run.recover_mode=disabled"], RuntimeError),
+        (["--run.recover_retries=0"], RuntimeError),
+        (["--model.error=ValueError"], ValueError),
+        (["--model.error=KeyboardInterrupt"], SystemExit),
+    ],
+)
+def test_what_is_not_recovered_from(options: list[str], error: type[BaseException]):
+    with pytest.raises(error):
+        fit("--model.fail_at=5", *options)
+
+
+def test_retries_are_counted(monkeypatch: pytest.MonkeyPatch):
+    class Never(list[str]):
+        def __bool__(self) -> bool:
+            return False
+
+    failures = Never()
+    monkeypatch.setattr(SmallModule, "failures", failures)
+    with pytest.raises(RuntimeError, match="it broke"):
+        fit("--model.fail_at=1", "--run.recover_retries=2")
+    assert len(failures) == 3
+
+
+# -- allocation_mode
+
+ROLLOUTS = [
+    "--model=AsyncPPOModule",
+    "--model.path=m",
+    "--data=RolloutDataModule",
+    "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts",
+    '--data.rewards=[{"reward": "rl_lightning.rewards.exact.exact_match"}]',
+    "--data.engine=rl_lightning.testing.FakeEngine",
+    "--trainer.accelerator=cpu",
+]
+
+
+def allocate(mode: str, *options: str, model: list[str] = ROLLOUTS) -> RLCLI:
+    return RLCLI([*model, f"--run.allocation_mode={mode}", *options], run=False)
+
+
+def test_allocation_sets_engines_and_workers():
+    cli = allocate("sglang.d3p1m1+d5p1m1", "--trainer.strategy=ray")
+    assert isinstance(cli.datamodule, RolloutDataModule)
+    assert cli.datamodule.num_engines == 3
+    assert cli.trainer.strategy.num_workers == 5  # type: ignore[attr-defined]
+
+
+def test_allocation_of_training_alone():
+    cli = allocate("d8p1m1", "--trainer.strategy=ray", model=SMALL)
+    assert cli.trainer.strategy.num_workers == 8  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "sentence"),
+    [
+        ("sglang.d4p1m1+d2p1m1", [], r"generation 4 \+ training 2 = 6 GPUs, but n_nodes=1 x n_gpus_per_node=8 = 8"),
+        ("sglang.d4p1m1+d4p1m1", ["--data.num_engines=2"], r"needs data.num_engines=4, but it is set to 2"),
+        (
+            "sglang.d4p1m1+d4p1m1",
+            ["--trainer.strategy=RayStrategy", "--trainer.strategy.num_workers=2"],
+            r"num_workers of RayStrategy=4",
+        ),
+        ("sglang.d4p1m1+d4p1m1", ["--trainer.devices=2"], r"needs trainer.devices=4, but it is set to 2"),
+        ("d8p1m1", [], r"has no generation part, which .*RolloutDataModule needs: write sglang.d1p1m1\+d8p1m1"),
+        ("sglang.d4p1m1+d4", [], "does not parse"),
+        ("sglang.d2p1m2+d4p1m1", [], "not supported yet"),
+    ],
+)
+def test_allocations_that_do_not_fit(mode: str, options: list[str], sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        allocate(mode, *options)
+
+
+# -- start-up
+
+
+def cpu_seconds(*command: str) -> float:
+    """User and system time of a child process: unlike wall time it does not depend on what else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *command], capture_output=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr.decode()
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_shows_every_part_and_costs_little_more_than_importing_lightning():
+    code = """if True:
+        import lightning.pytorch.cli, sys, time
+        started = time.process_time()
+        from rl_lightning.cli import main
+        try:
+            main(["fit", "--help"])
+        except SystemExit:
+            print(time.process_time() - started, file=sys.stderr)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    for option in ("--trainer.max_epochs", "--run.allocation_mode", "--run.ckpt_freq_secs", "AsyncPPOModule", "SFTDataModule"):
+        assert option in done.stdout
+    assert float(done.stderr.split()[-1]) < 1.0
+
+
+@pytest.mark.parametrize("module", ["rl_lightning", "rl_lightning.cli"])
+def test_imports_stay_light(module: str):
+    heavy = [
+        "ray",
+        "sglang",
+        "transformers.modeling_utils",
+        "reasoning_gym",
+        "math_verify",
+        *(["torch", "lightning"] if "." not in module else []),
+    ]
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_importing_the_package_takes_less_than_a_second():
+    assert cpu_seconds("-c", "import rl_lightning") - cpu_seconds("-c", "pass") < 1.0
+
+
+def test_public_names():
+    import rl_lightning
+
+    for name in ("AsyncPPOModule", "SFTModule", "RolloutDataModule", "RayStrategy"):
+        loaded: Any = getattr(rl_lightning, name)
+        assert loaded.__name__ == name and name in dir(rl_lightning)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = rl_lightning.Nothing

@@ -1,0 +1,207 @@
+import asyncio
+
+import pytest
+
+from rl_lightning.prompts.source import PromptSource
+from rl_lightning.rollout.admission import StalenessGate
+from rl_lightning.rollout.controller import ControllerSettings, GroupRecord, RolloutController, RolloutError, Share, Waiting
+from rl_lightning.testing import FakeClock, FakePrompts
+from rl_lightning.types import SamplingParams
+
+DONE = GroupRecord(n_tokens=10, n_answer_tokens=4, success_rate=0.5)
+AT_ONCE = 0.0
+
+
+def make_controller(batch=2, eta=0, concurrent=100, clock=None, **kwargs):
+    source = PromptSource(FakePrompts(size=100), shuffle=False)
+    settings = ControllerSettings(
+        StalenessGate(batch, eta, concurrent), group_size=2, params=SamplingParams(max_new_tokens=4), **kwargs
+    )
+    return RolloutController(source, settings, FakePrompts(size=5), clock or FakeClock())
+
+
+async def ready(controller, *workers, version=0):
+    for worker in workers:
+        await controller.register(worker, f"{worker}-1", None)
+    await controller.publish(version, workers)
+
+
+async def put_all(controller, worker, leases, record=DONE):
+    for lease in leases:
+        assert await controller.put(worker, lease, record, lease.index)
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_nothing_is_leased_before_a_worker_proved_the_published_weights():
+    async def scenario():
+        controller = make_controller()
+        await controller.register("a", "a-1", None)
+        assert await controller.lease("a", 9, poll_s=0.01) == []
+        await controller.publish(0, ["a"])
+        assert [x.index for x in await controller.lease("a", 9)] == [0, 1]
+        await controller.register("b", "b-1", None)
+        await controller.publish(1, ["a"])
+        assert await controller.lease("b", 9, poll_s=0.01) == []
+        assert (await controller.take(1, wait_s=AT_ONCE)).unsynced == (("b", None),)
+
+    run(scenario())
+
+
+def test_a_batch_reaches_every_rank_once_and_balanced():
+    async def scenario():
+        controller = make_controller(batch=4)
+        await ready(controller, "a")
+        leases = await controller.lease("a", 9)
+        for lease, n_tokens in zip(leases, (10, 1, 9, 2), strict=True):
+            await controller.put("a", lease, GroupRecord(n_tokens, 1, 1.0), lease.index)
+        shares = [await controller.take(0, rank, 2) for rank in (0, 1)]
+        assert sorted(shares[0].contents + shares[1].contents) == [0, 1, 2, 3]
+        assert {frozenset(s.contents) for s in shares} == {frozenset({0, 1}), frozenset({2, 3})}, "10 + 1 against 9 + 2"
+
+    run(scenario())
+
+
+def test_a_waiting_trainer_is_woken_and_a_late_one_is_told_what_is_missing():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(clock=clock)
+        await ready(controller, "a")
+        leases = await controller.lease("a", 9)
+        clock.advance(7)
+        waiting = await controller.take(0, wait_s=AT_ONCE)
+        assert isinstance(waiting, Waiting)
+        assert "step 1 needs 2 prompt groups: 0 finished, 2 leased to 1 live workers" in waiting.report
+        assert "group 0 on a for 7 s" in waiting.report
+        taking = asyncio.create_task(controller.take(0, wait_s=5))
+        await asyncio.sleep(0)
+        await put_all(controller, "a", leases)
+        assert await taking == Share(0, (0, 1))
+
+    run(scenario())
+
+
+def test_a_silent_worker_loses_its_leases_and_its_late_answer_is_dropped():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(clock=clock, worker_timeout_s=60)
+        await ready(controller, "a", "b")
+        (lost, *_) = await controller.lease("a", 1)
+        clock.advance(61)
+        await controller.heartbeat("b", "b-1", {})
+        assert await controller.heartbeat("a", "a-1", {}) is None, "it must register again"
+        (again,) = await controller.lease("b", 1)
+        assert (again.index, again.prompt) == (lost.index, lost.prompt)
+        assert not await controller.put("a", lost, DONE, "late")
+        assert await controller.put("b", again, DONE, "once")
+
+    run(scenario())
+
+
+def test_a_group_that_takes_too_long_is_revoked_and_leased_again():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(batch=1, clock=clock, lease_timeout_s=100, worker_timeout_s=1000)
+        await ready(controller, "a")
+        (lease,) = await controller.lease("a", 9)
+        clock.advance(101)
+        assert await controller.heartbeat("a", "a-1", {}) == [lease.submission]
+        (again,) = await controller.lease("a", 9)
+        assert again.index == lease.index and again.submission != lease.submission
+
+    run(scenario())
+
+
+def test_a_restarted_worker_loses_its_leases_and_is_counted():
+    async def scenario():
+        controller = make_controller()
+        await ready(controller, "a")
+        first = await controller.lease("a", 9)
+        await controller.register("a", "a-2", None)
+        assert await controller.lease("a", 9, poll_s=0.01) == [], "its new engine has not proved the weights"
+        await controller.publish(0, ["a"])
+        assert [x.index for x in await controller.lease("a", 9)] == [x.index for x in first]
+        assert (await controller.statistics())["engine_restarts"] == 1
+
+    run(scenario())
+
+
+def test_rejected_groups_give_their_place_back_until_the_run_says_that_all_are_rejected():
+    async def scenario():
+        controller = make_controller(success_rate_lb=0.9, max_rejections=5)
+        await ready(controller, "a")
+        for _ in range(2):
+            await put_all(controller, "a", await controller.lease("a", 9))
+        assert (await controller.statistics())["groups_rejected"] == 4
+        await put_all(controller, "a", (await controller.lease("a", 1)))
+        with pytest.raises(RolloutError, match=r"5 prompt groups in a row .*success_rate_lb=0.9"):
+            await controller.take(0)
+
+    run(scenario())
+
+
+def test_an_answer_that_always_fails_is_given_up_and_the_next_prompt_takes_its_place():
+    async def scenario():
+        controller = make_controller(batch=1)
+        await ready(controller, "a")
+        for _ in range(4):
+            (lease,) = await controller.lease("a", 9)
+            assert lease.index == 0
+            await controller.give_back("a", lease, "ValueError: boom", counts=True)
+        (lease,) = await controller.lease("a", 9)
+        assert lease.index == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "least_requests", "least_token_usage"])
+def test_work_is_spread_over_the_workers_that_wait(policy):
+    async def scenario():
+        controller = make_controller(batch=4, policy=policy)
+        for worker in "ab":
+            await controller.register(worker, f"{worker}-1", None)
+        asking = [asyncio.create_task(controller.lease(worker, 9)) for worker in "ab"]
+        await asyncio.sleep(0)
+        await controller.publish(0, ["a", "b"])
+        assert [len(await task) for task in asking] == [2, 2]
+
+    run(scenario())
+
+
+def test_evaluation_goes_first_beside_training_and_survives_a_worker():
+    async def scenario():
+        controller = make_controller(batch=1, evaluation_group_size=3, evaluation_params=SamplingParams(greedy=True))
+        await ready(controller, "a", "b")
+        evaluation = await controller.begin_evaluation([1, 3])
+        leases = await controller.lease("a", 2)
+        assert [(x.index, x.evaluation, x.group_size, x.params.greedy) for x in leases] == [
+            (1, True, 3, True),
+            (3, True, 3, True),
+        ]
+        await controller.put("a", leases[1], DONE, "three")
+        await controller.register("a", "a-2", None)
+        waiting = await controller.take_evaluation(evaluation, wait_s=AT_ONCE)
+        assert "1 of 2 validation prompts answered" in waiting.report
+        (again, training) = await controller.lease("b", 9)
+        assert again.index == 1 and again.evaluation and not training.evaluation
+        await controller.put("b", again, DONE, "one")
+        assert await controller.take_evaluation(evaluation) == Share(0, ("one", "three"))
+
+    run(scenario())
+
+
+def test_state_goes_on_where_it_stood():
+    async def scenario():
+        controller = make_controller(eta=1)
+        await ready(controller, "a")
+        leases = await controller.lease("a", 9)
+        await put_all(controller, "a", leases[:2])
+        await controller.take(0)
+        resumed = make_controller(eta=1)
+        await resumed.load_state_dict(await controller.state_dict(1))
+        await ready(resumed, "a", version=1)
+        assert [x.index for x in await resumed.lease("a", 9)] == [2, 3, 4, 5]
+
+    run(scenario())

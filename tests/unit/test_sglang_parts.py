@@ -1,0 +1,244 @@
+"""The parts of SGLangEngine that need no server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl_lightning.engines.answer import Answer, Segment
+from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.gate import GenerationGate
+from rl_lightning.engines.prefix import PrefixSharing
+from rl_lightning.engines.process import ServerProcess
+from rl_lightning.engines.sglang import SGLangEngine
+from rl_lightning.engines.sglang_args import server_command, server_env
+from rl_lightning.engines.sglang_client import read_segment, sampling_params
+from rl_lightning.engines.sglang_cpu_speed import attend
+from rl_lightning.engines.sglang_probe import find_parameter
+from rl_lightning.engines.sglang_receiver import as_held
+from rl_lightning.engines.sglang_server import wants_cpu
+from rl_lightning.types import GenerationRequest, SamplingParams
+
+
+def make_answer(stop: tuple[str, ...] = (), least: int = 0, most: int = 10) -> Answer:
+    params = SamplingParams(max_new_tokens=most, min_new_tokens=least, stop=stop)
+    return Answer(GenerationRequest("a", (1, 2), params), lambda ids: "".join(map(chr, ids)))
+
+
+def segment(text: str, reason: str) -> Segment:
+    return Segment([ord(c) for c in text], [-1.0] * len(text), reason)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 15), st.integers(0, 15))
+def test_limits_hold_over_all_segments_together(interrupts: list[int], most: int, least: int) -> None:
+    answer = make_answer(least=min(least, most), most=most)
+    for version, n in enumerate([*interrupts, most]):
+        asked, fewest = answer.next_limits()
+        assert 0 <= fewest <= asked
+        n = min(n, asked)
+        answer.add(segment("x" * n, "length" if n == asked else "interrupt"), version, asked)
+        if answer.finish_reason:
+            break
+    completion = answer.completion()
+    assert (len(completion), completion.finish_reason) == (most, "length")
+    assert sorted(completion.versions.tolist()) == completion.versions.tolist()
+
+
+def test_a_stop_before_the_minimum_does_not_end_the_answer() -> None:
+    answer = make_answer(least=4)
+    answer.add(segment("ab", "stop"), 0, 10)
+    assert answer.finish_reason is None and answer.next_limits() == (8, 2)
+    answer.add(segment("cd", "stop"), 0, 8)
+    assert answer.finish_reason == "stop" and answer.context == [1, 2, *map(ord, "abcd")]
+
+
+def test_a_stop_text_across_segments_is_found_token_by_token() -> None:
+    answer = make_answer(stop=("END",))
+    answer.add(segment("xE", "interrupt"), 0, 10)
+    assert answer.next_limits() == (1, 0)
+    answer.add(segment("N", "length"), 1, 1)
+    assert answer.next_limits() == (1, 0) and answer.finish_reason is None
+    answer.add(segment("D", "length"), 1, 1)
+    assert answer.finish_reason == "stop"
+    assert answer.completion().versions.tolist() == [0, 0, 1, 1]
+
+
+def test_a_stop_text_that_was_none_goes_on_at_full_length() -> None:
+    answer = make_answer(stop=("END",))
+    answer.add(segment("xE", "interrupt"), 0, 10)
+    answer.add(segment("a", "length"), 1, 1)
+    assert answer.next_limits() == (7, 0) and answer.finish_reason is None
+
+
+def test_a_full_context_ends_an_answer_and_a_chunk_does_not() -> None:
+    answer = make_answer()
+    asked, _ = answer.next_limits(chunk=3)
+    answer.add(segment("abc", "length"), 0, asked)
+    assert answer.finish_reason is None
+    answer.add(segment("d", "length"), 0, 7)
+    assert answer.finish_reason == "length" and len(answer.completion()) == 4
+
+
+def test_nobody_enters_a_closed_gate_and_the_version_holds_inside() -> None:
+    async def scenario() -> list[int]:
+        gate, seen = GenerationGate(), []
+
+        async def one() -> None:
+            async with gate.inside() as version:
+                seen.append(version)
+                await asyncio.sleep(0)
+
+        gate.open(3)
+        async with gate.inside():
+            gate.close()
+            late = asyncio.create_task(one())
+            assert not await gate.empty(0.01)
+        assert await gate.empty(0.01) and not seen
+        gate.open(4)
+        await late
+        gate.fail("broken")
+        with pytest.raises(EngineError, match="broken"):
+            await one()
+        return seen
+
+    assert asyncio.run(scenario()) == [4]
+
+
+def test_a_shared_prompt_is_prefilled_once_for_each_version() -> None:
+    filled: list[int] = []
+
+    async def scenario() -> None:
+        sharing = PrefixSharing(prefill)
+        await asyncio.gather(*(one(sharing, tuple(range(9)), version) for version in (0, 0, 0)))
+        await asyncio.gather(*(one(sharing, tuple(range(9)), version) for version in (1, 1)))
+        await one(sharing, tuple(range(9)), 2)
+        await asyncio.gather(*(one(sharing, (1, 2), 3) for _ in range(3)))
+        assert not sharing._sharers and not sharing._filled
+
+    async def one(sharing: PrefixSharing, prompt: tuple[int, ...], version: int) -> None:
+        async with sharing.sharing(prompt):
+            await sharing.cached(prompt, version)
+
+    async def prefill(prompt: object) -> None:
+        filled.append(1)
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert len(filled) == 2
+
+
+def test_server_arguments_pass_through_and_win() -> None:
+    command = server_command("m", 5, "cpu", "float32", {"max_total_tokens": 7, "sleep_on_idle": False, "cuda_graph_bs": [1, 2]})
+    assert command[command.index("--max-total-tokens") + 1] == "7"
+    assert "--sleep-on-idle" not in command and "--disable-overlap-schedule" in command
+    assert command[command.index("--cuda-graph-bs") + 1 :][:2] == ["1", "2"]
+    assert wants_cpu(command) and not wants_cpu(server_command("m", 5, "cuda", "bfloat16", {}))
+    assert "secret" not in " ".join(command) and "secret" in server_env("cpu", "secret", Path("/tmp/x")).values()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"server_args": {"port": 1}}, {"url": "http://x", "server_args": {"a": 1}}, {"new_tokens_per_chunk": 0}],
+)
+def test_contradictory_settings_are_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="SGLangEngine|new_tokens_per_chunk"):
+        SGLangEngine(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_engine_travels_to_its_worker() -> None:
+    engine = pickle.loads(pickle.dumps(SGLangEngine(device="cpu", server_args={"context_length": 64})))
+    assert engine.server_args == {"context_length": 64}
+
+
+def test_every_sampling_parameter_is_sent() -> None:
+    params = SamplingParams(temperature=0.5, top_p=0.9, top_k=7, stop=("x",), stop_token_ids=(3,))
+    sent = sampling_params(params, 9, 2)
+    assert sent == {
+        "max_new_tokens": 9, "min_new_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7,
+        "stop": ["x"], "stop_token_ids": [3],
+    }  # fmt: skip
+    assert sampling_params(SamplingParams(greedy=True), 9, 0)["temperature"] == 0.0
+
+
+def test_an_aborted_request_that_never_ran_is_an_empty_segment() -> None:
+    assert read_segment({"finish_reason": {"type": "abort"}}) == Segment([], [], "interrupt")
+
+
+def test_held_values_take_the_type_of_the_server() -> None:
+    fits = {"a": [0.5, 1.0]}
+    assert as_held(fits, "auto")("a").dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert as_held({"a": [1 + 2**-10]}, "auto")("a").dtype == torch.float16  # type: ignore[union-attr]
+    assert as_held(fits, "float32")("b") is None
+
+
+def test_packed_projections_are_found_by_their_own_names() -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self, rows: int, **sizes: object) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.arange(rows * 2.0).view(rows, 2))
+            self.__dict__.update(sizes)
+
+    layer = torch.nn.Module()
+    layer.qkv_proj = Packed(8, q_proj_shard_size=4, kv_proj_shard_size=2)
+    layer.gate_up_proj = Packed(6, output_partition_sizes=[3, 3])
+    model = torch.nn.Module()
+    model.layer = layer
+    first = {n: find_parameter(model, f"layer.{n}_proj.weight").reshape(-1)[0].item() for n in ("q", "k", "v", "gate", "up")}  # type: ignore[union-attr]
+    assert first == {"q": 0, "k": 8, "v": 12, "gate": 0, "up": 6}
+    assert find_parameter(model, "layer.other_proj.weight") is None
+
+
+def test_padded_attention_equals_torch() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    visible = torch.arange(5) <= torch.tensor([[[2], [3], [4]], [[0], [1], [2]]])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible[:, None], enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(attend(query, key, value, visible, None), expected)
+
+
+NAP = "import time; print('up', flush=True); time.sleep(60)"
+
+
+def wait_until_up(log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while "up" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, "the child did not come up within 30 s"
+        time.sleep(0.01)
+
+
+def test_a_server_process_takes_its_descendants_with_it(tmp_path: Path) -> None:
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); {NAP}"
+    process = ServerProcess([sys.executable, "-c", script], tmp_path / "log")
+    wait_until_up(process.log_path)
+    assert len(process.survivors()) == 2 and not process.cause_of_death()
+    process.stop()
+    process.stop()
+    assert not process.survivors() and "SIGKILL" in process.cause_of_death() and "up" in process.cause_of_death()
+
+
+def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    child = f"from rl_lightning.engines.process import die_with_parent; die_with_parent(); {NAP}"
+    start = f"p = ServerProcess([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))"
+    imports = "import sys, time; from pathlib import Path; from rl_lightning.engines.process import ServerProcess"
+    parent = f"{imports}; {start}; print(p.pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        wait_until_up(tmp_path / "log")
+        os.kill(process.pid, signal.SIGKILL)
+    psutil.wait_procs([server], timeout=5)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE

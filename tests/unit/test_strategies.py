@@ -1,0 +1,233 @@
+"""The parts of RayStrategy that need no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from rl_lightning.strategies import RayStrategy, cluster
+from rl_lightning.strategies.channel import EventHandler, RunChannel
+from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
+from rl_lightning.strategies.group import in_order, number
+from rl_lightning.strategies.job import worker_environment
+from rl_lightning.strategies.progress import ProgressForwarder, ProgressUpdate, ProgressView, replace_bars
+from rl_lightning.strategies.worker import Place
+
+# -- channel
+
+
+def test_channel_hands_on_events_and_lets_ranks_agree() -> None:
+    async def scenario() -> None:
+        channel = RunChannel(world_size=2)
+        assert await channel.drain(0.01) == []
+        waiting = asyncio.create_task(channel.drain(10))
+        await asyncio.sleep(0)
+        await channel.report([b"a"])
+        assert await waiting == [b"a"]
+        await channel.report([b"b"])
+        await channel.report([b"c"])
+        assert await channel.drain(10) == [b"b", b"c"]
+
+        assert not await channel.stop_wanted(0.01)
+        assert await channel.agree(0, place=3, timeout_s=0.01) is None
+        wanted = asyncio.create_task(channel.stop_wanted(10))
+        await channel.request_stop()
+        assert await wanted
+        first = asyncio.create_task(channel.agree(0, place=3, timeout_s=10))
+        await asyncio.sleep(0)
+        assert await channel.agree(1, place=4, timeout_s=10) == 4
+        assert await first == 4
+
+    asyncio.run(scenario())
+
+
+class Box(list[Any]):
+    """Stands for an EventSender."""
+
+    put = list.append
+
+
+def test_log_records_travel_as_text_and_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, log = Box(), logging.getLogger("rl_lightning.forwarded")
+    handler = EventHandler(box, rank=1)  # type: ignore[arg-type]
+    monkeypatch.setattr(log, "handlers", [handler])
+    log.warning("%s at %d", object, 3)
+    handler.handle(logging.makeLogRecord({"name": "ray.something", "msg": "not this"}))
+    handler.handle(logging.makeLogRecord({"name": "py.warnings", "msg": "nor this, rank 0 has it"}))
+    (record,) = pickle.loads(pickle.dumps(list(box)))
+    assert record.getMessage() == "[rank 1] <class 'object'> at 3"
+    assert (record.name, record.levelno) == ("rl_lightning.forwarded", logging.WARNING)
+
+
+def test_forwarding_takes_terminals_off_and_leaves_files_and_does_not_load_ray(tmp_path: Path) -> None:
+    code = f"""
+import logging, sys
+import rl_lightning.strategies
+assert "ray" not in sys.modules
+from rl_lightning.strategies.channel import forward_logging
+own = logging.getLogger("own")
+own.propagate = False
+own.addHandler(logging.StreamHandler(sys.stderr))
+own.addHandler(logging.FileHandler({str(tmp_path / "log")!r}))
+box = type("Box", (list,), {{"put": list.append}})()
+forward_logging(box, 0, {{"": logging.WARNING, "own": logging.INFO, "own.debug": logging.DEBUG}})
+own.info("kept"); own.debug("no"); logging.getLogger("own.debug").debug("deep"); logging.getLogger("other").info("no")
+print([record.getMessage() for record in box])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "['kept', 'deep']"
+    assert "kept" not in done.stderr
+    assert (tmp_path / "log").read_text().split() == ["kept", "deep"]
+
+
+# -- failures
+
+
+class Unpicklable(RuntimeError):
+    """Needs two arguments, and pickles with one."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+def failure(rank: int, cause: BaseException, at: float = 0.0, died: bool = False) -> WorkerFailure:
+    return WorkerFailure(rank, f"pid {rank}", cause, "" if died else "Traceback ...", died, at)
+
+
+def test_root_cause_is_the_death_then_the_exception_then_the_broken_connection() -> None:
+    broken = failure(0, RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:123"), at=1.0)
+    raised = failure(1, ValueError("the reason"), at=2.0)
+    dead = failure(2, RuntimeError("The actor died"), at=3.0, died=True)
+    assert root_cause([broken, raised, dead]) is dead
+    assert root_cause([broken, raised]) is raised
+    assert root_cause([broken]) is broken
+    assert root_cause([failure(1, ValueError("late"), at=2.0), failure(0, ValueError("early"), at=1.0)]).rank == 0
+    error = worker_error([broken, raised])
+    assert isinstance(error, RayWorkerError) and (error.rank, error.cause) == (1, raised.cause)
+    assert "rank 1 (pid 1) raised ValueError: the reason" in str(error)
+    assert "rank 0 (RuntimeError)" in str(error)
+    assert pickle.loads(pickle.dumps(error)).rank == 1
+
+
+def test_a_failure_always_pickles() -> None:
+    try:
+        raise Unpicklable("one", "two")
+    except Unpicklable as error:
+        told = pickle.loads(pickle.dumps(WorkerFailure.of(error, 3, "pid 1")))
+    assert str(told.cause) == "Unpicklable: one"
+    assert 'raise Unpicklable("one", "two")' in told.traceback
+
+
+# -- group
+
+
+def test_ranks_start_on_the_drivers_node_and_count_on_each() -> None:
+    places = [Place(node, f"10.0.0.{ord(node)}", pid) for pid, node in enumerate("bacba")]
+    order = in_order(places, first_node="a")
+    assert [places[i].node_id for i in order] == list("aabbc")
+    assert [(rank.index, rank.node, rank.local) for rank in number([places[i] for i in order], 7)] == [
+        (0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1), (4, 2, 0),
+    ]  # fmt: skip
+
+
+def test_workers_find_the_drivers_modules_but_no_second_standard_library() -> None:
+    folders = worker_environment()["PYTHONPATH"].split(os.pathsep)
+    assert str(Path(__file__).parent) in folders
+    assert os.path.dirname(os.__file__) not in folders
+    assert not any(folder.endswith("site-packages") for folder in folders)
+
+
+# -- cluster
+
+
+def test_wrong_addresses_are_found_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at 127.0.0.1:{port} .*ray start --head --port={port}"):
+        cluster._probe(f"127.0.0.1:{port}")
+    for address in ("ray://somewhere:10001", "somewhere", "host:port"):
+        with pytest.raises(ValueError, match="local, auto or host:port"):
+            cluster._probe(address)
+
+
+def test_a_cluster_that_went_away_is_not_joined(tmp_path: Path) -> None:
+    assert cluster._running_address(str(tmp_path)) is None
+    (tmp_path / "ray_current_cluster").write_text("127.0.0.1:1\n")
+    assert cluster._running_address(str(tmp_path)) is None
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray_current_cluster").write_text(address)
+        assert cluster._running_address(str(tmp_path)) == address
+
+
+# -- strategy
+
+
+def test_strategy_by_name_takes_its_size_from_the_trainer() -> None:
+    trainer = Trainer(strategy="ray", accelerator="cpu", devices=3, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy, RayStrategy)
+    assert trainer.world_size == trainer.strategy.num_processes == 3
+    assert trainer.is_global_zero
+    explicit = Trainer(strategy=RayStrategy(num_workers=5), accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert explicit.world_size == 5
+    assert explicit.strategy.gpus_per_worker == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": -1}, {"num_cpus_per_worker": 0}])
+def test_sizes_must_be_positive(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be above 0"):
+        RayStrategy(**options)
+
+
+# -- progress
+
+
+def test_rank_0_reports_what_the_removed_bar_would_show() -> None:
+    class Bar(TQDMProgressBar):
+        def get_metrics(self, *_: Any) -> dict[str, Any]:
+            return {"reward": 0.25, "staleness": 2}
+
+    box = Box()
+    trainer: Any = SimpleNamespace(
+        callbacks=[Bar(), TQDMProgressBar()], is_global_zero=True, max_epochs=5, current_epoch=1, num_training_batches=4
+    )
+    trainer.sanity_checking = False
+    replace_bars(trainer, box)  # type: ignore[arg-type]
+    (forwarder,) = trainer.callbacks
+    assert isinstance(forwarder, ProgressForwarder)
+    for index in range(4):  # faster than anyone can look: only the first and the last are sent
+        forwarder.on_train_batch_end(trainer, None, None, None, index)  # type: ignore[arg-type]
+    assert box == [
+        ProgressUpdate("Epoch 2/5", 1, 4, {"reward": "0.25", "staleness": "2"}),
+        ProgressUpdate("Epoch 2/5", 4, 4, {"reward": "0.25", "staleness": "2"}),
+    ]
+    other: Any = SimpleNamespace(callbacks=[Bar()], is_global_zero=False)
+    replace_bars(other, box)  # type: ignore[arg-type]
+    assert other.callbacks == []
+
+
+def test_the_driver_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    view = ProgressView()
+    view.show(ProgressUpdate("Epoch 1/2", 1, 2, {"reward": "0.5"}))
+    with view.hidden():
+        pass
+    view.show(ProgressUpdate("Epoch 1/2", 2, 2, {"reward": "0.75"}))
+    view.show(ProgressUpdate("Epoch 2/2", 1, None))
+    view.close()
+    drawn = capsys.readouterr().err
+    assert "Epoch 1/2: 100%" in drawn and "2/2" in drawn and "reward=0.75" in drawn
+    assert "Epoch 2/2" in drawn

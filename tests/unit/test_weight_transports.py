@@ -1,0 +1,90 @@
+"""Disk and broadcast transports, from the trainer's side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl_lightning.weights.buckets import buckets_of
+from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
+from rl_lightning.weights.disk import DiskTransport
+from rl_lightning.weights.distributed import DistributedTransport, describe, flatten
+
+WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16)), ("c", torch.zeros(1))]
+
+
+def test_a_staged_folder_holds_the_weights_and_only_the_newest_stays(tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path / "weights", shard_bytes=24)
+    for version in (1, 2):
+        updates = transport.stage(version, WEIGHTS, ["x", "y"])
+        transport.release()
+    folder = Path(updates[0].payload["path"])
+    held = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert [u.version for u in updates] == [2, 2] and len(list(folder.glob("*.safetensors"))) == 2
+    assert all(torch.equal(held[name], tensor) for name, tensor in WEIGHTS) and len(held) == 3
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version2"]
+    transport.close()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_version_is_written_once(tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path)
+    [first] = transport.stage(1, WEIGHTS, ["x"])
+    [again] = transport.stage(1, iter(()), ["x"])
+    assert (again.payload, again.fingerprint) == (first.payload, first.fingerprint)
+
+
+def test_buckets_flatten_to_bytes_that_their_description_takes_apart() -> None:
+    buckets = list(buckets_of(WEIGHTS, 32))
+    assert [[name for name, _ in bucket] for bucket in buckets] == [["a", "b"], ["c"]]
+    flat = flatten(buckets[0])
+    assert torch.equal(flat[:24].view(torch.float32).view(2, 3), WEIGHTS[0][1])
+    assert describe(buckets[0]) == {"names": ["a", "b"], "dtypes": ["float32", "bfloat16"], "shapes": [[2, 3], [4]]}
+
+
+@pytest.fixture
+def transport() -> Iterator[DistributedTransport]:
+    transport = DistributedTransport(backend="gloo", host="127.0.0.1")
+    yield transport
+    transport.close()
+
+
+def test_an_engine_that_never_comes_is_named_within_the_deadline(transport: DistributedTransport) -> None:
+    transport.stage(1, WEIGHTS, ["x"])
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="every engine to be ready"):
+        transport.send(0.2)
+    assert time.monotonic() - started < 5
+
+
+def test_an_engine_that_gives_up_ends_the_wait_at_once(transport: DistributedTransport) -> None:
+    [update, _] = transport.stage(1, WEIGHTS, ["x", "y"])
+    channel = SyncChannel(connect_store("127.0.0.1", update.payload["port"]), update.payload["sync"])
+    threading.Timer(0.1, channel.fail, ["no memory left"]).start()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="no memory left"):
+        transport.send(60)
+    assert time.monotonic() - started < 5
+    assert "no memory left" in (channel.failure() or "")
+
+
+def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTransport) -> None:
+    [update] = transport.stage(1, WEIGHTS, ["x"])
+    channel = SyncChannel(connect_store("127.0.0.1", update.payload["port"]), update.payload["sync"])
+    channel.report_group(1, "")
+    with pytest.raises(TimeoutError):
+        transport.send(1.0)
+    with pytest.raises(SyncFailed, match="gave up"):
+        channel.poll_go()
+
+
+def test_each_transfer_has_names_of_its_own(transport: DistributedTransport) -> None:
+    [first], [second] = (transport.stage(version, WEIGHTS, ["x"]) for version in (1, 2))
+    assert first.payload["port"] == second.payload["port"] and first.payload["sync"] != second.payload["sync"]
+    assert (first.payload["rank"], first.payload["world_size"]) == (1, 2)

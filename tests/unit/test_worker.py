@@ -1,0 +1,155 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.prompts.source import PromptSource
+from rl_lightning.rewards.pool import RewardScore
+from rl_lightning.rollout.admission import StalenessGate
+from rl_lightning.rollout.controller import ControllerSettings, RolloutController, RolloutError, Share
+from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
+from rl_lightning.rollout.workflow import SingleTurnWorkflow, sample_seed
+from rl_lightning.testing import FakeEngine, FakePrompts, FakeTokenizer
+from rl_lightning.types import SamplingParams
+from rl_lightning.weights.transport import WeightUpdate
+
+SETTINGS = WorkerSettings("a", "model", room=4, max_engine_restarts=2, heartbeat_s=0.02)
+
+
+async def score(prompt, answers):
+    return [RewardScore(1.0, {"one": 1.0}, None) for _ in answers]
+
+
+def make_controller(batch=2, eta=1):
+    settings = ControllerSettings(StalenessGate(batch, eta, 100), group_size=2, params=SamplingParams(max_new_tokens=16))
+    return RolloutController(PromptSource(FakePrompts(size=50), shuffle=False), settings)
+
+
+def update(version):
+    return WeightUpdate(version, "object_store", {}, {})
+
+
+@asynccontextmanager
+async def serving(engine, controller, workflow=None, settings=SETTINGS):
+    worker = RolloutWorker(settings, controller, engine, workflow or SingleTurnWorkflow(), score, FakeTokenizer().decode)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not engine.alive, "the engine outlived its worker"
+
+
+async def publish(controller, worker, version):
+    """Retries as the trainer's publisher does while an engine restarts."""
+    while True:
+        try:
+            await worker.update_weights(update(version))
+            return await controller.publish(version, ["a"])
+        except EngineError:
+            await asyncio.sleep(0.01)
+
+
+async def train(controller, worker, steps):
+    """A trainer that takes batches and publishes; gives the groups of each step."""
+    batches = []
+    await publish(controller, worker, 0)
+    for version in range(steps):
+        while not isinstance(share := await controller.take(version, wait_s=1), Share):
+            if share.unsynced:
+                await publish(controller, worker, version)
+        batches.append(share.contents)
+        await publish(controller, worker, version + 1)
+    return batches
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_the_loop_trains_every_prompt_once_within_the_staleness_bound():
+    async def scenario():
+        controller, engine = make_controller(eta=1), FakeEngine(seconds_per_token=0.001)
+        async with serving(engine, controller) as worker:
+            return await train(controller, worker, steps=6)
+
+    batches = run(scenario())
+    assert len({g.index for batch in batches for g in batch}) == 12
+    for version, batch in enumerate(batches):
+        for group in batch:
+            for rollout in group.rollouts:
+                assert (np.diff(rollout.completion.versions) >= 0).all()
+                assert 0 <= version - rollout.completion.versions[0] <= 1
+                assert rollout.text == FakeTokenizer().decode(rollout.completion.token_ids)
+
+
+def test_an_engine_that_crashes_is_restarted_gets_weights_and_no_prompt_is_lost():
+    async def scenario():
+        controller, engine = make_controller(), FakeEngine(seconds_per_token=0.001, crash_at=[3, 9])
+        async with serving(engine, controller) as worker:
+            batches = await train(controller, worker, steps=4)
+        return batches, engine.starts, await controller.statistics()
+
+    batches, starts, statistics = run(scenario())
+    assert starts == 3 and statistics["engine_restarts"] == 2 and statistics["groups_requeued"] >= 2
+    assert sorted(g.index for batch in batches for g in batch) == list(range(8))
+
+
+def test_a_death_with_nothing_in_flight_is_noticed():
+    async def scenario():
+        controller, engine = make_controller(), FakeEngine()
+        async with serving(engine, controller):
+            while not await controller.workers():
+                await asyncio.sleep(0.01)
+            engine.crash()
+            while engine.starts < 2:
+                await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_an_engine_that_never_works_stops_the_run_with_its_reason():
+    async def scenario():
+        controller, engine = make_controller(), FakeEngine(crash_at=range(1, 100))
+        async with serving(engine, controller) as worker:
+            await train(controller, worker, steps=1)
+
+    with pytest.raises(RolloutError, match=r"a gave up: its engine failed 3 times in a row; the last time: .*not running"):
+        run(scenario())
+
+
+def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
+    class Fussy(SingleTurnWorkflow):
+        async def run(self, lease, *args):
+            if lease.index == 1:
+                raise KeyError("no such tool")
+            return await super().run(lease, *args)
+
+    async def scenario():
+        controller = make_controller()
+        async with serving(FakeEngine(), controller, Fussy()) as worker:
+            batches = await train(controller, worker, steps=3)
+        return batches, await controller.statistics()
+
+    batches, statistics = run(scenario())
+    assert sorted(g.index for batch in batches for g in batch) == [0, 2, 3, 4, 5, 6]
+    assert statistics["groups_abandoned"] == 1
+
+
+def test_wrong_weights_are_the_callers_to_handle():
+    async def scenario():
+        controller = make_controller()
+        async with serving(FakeEngine(mismatch_at=[0]), controller) as worker:
+            await publish(controller, worker, 0)
+
+    with pytest.raises(WeightMismatchError):
+        run(scenario())
+
+
+def test_seeds_depend_on_run_group_and_sample_alone():
+    seeds = {sample_seed(run_seed, index, sample) for run_seed in (1, 2) for index in range(50) for sample in range(8)}
+    assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3)
