@@ -55,7 +55,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and, on rank 0 with a rollout datamodule, the line every `interval_s`."""
         self._last_s = self._clock()
-        self._peak_flops = _peak_flops(pl_module)
+        self._peak_flops = _peak_flops(trainer, pl_module)
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.is_global_zero and isinstance(datamodule, RolloutStatistics):
             self._last_generated = 0.0
@@ -137,9 +137,9 @@ class _Ticker:
             last, last_s = generated, now
 
 
-def _peak_flops(pl_module: LightningModule) -> float | None:
-    """Floating-point operations per second that the device can do in the model's type, None where unknown."""
+def _peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:
+    """Floating-point operations per second that the device can do in the type of the matrix products, None where unknown."""
     if pl_module.device.type != "cuda":
         return None
-    dtype = next((p.dtype for p in pl_module.parameters()), torch.float32)
-    return get_available_flops(pl_module.device, torch.bfloat16 if torch.is_autocast_enabled() else dtype)
+    stored = next((p.dtype for p in pl_module.parameters()), torch.float32)
+    return get_available_flops(pl_module.device, torch.bfloat16 if trainer.precision == "bf16-mixed" else stored)

@@ -1,4 +1,4 @@
-"""The loop on one GPU that trainer and SGLang share. Skipped where there is none; run by hand, see CONTRIBUTING.md."""
+"""The loop on one GPU that trainer and SGLang share, and on two. Skipped where there is none; see CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Recorder(pl.Callback):
         self.rows.append({**pl_module.step_statistics, **sync, "wait_s": batch.wait_s})
 
 
-def make_parts(folder: Path, ray_init: dict[str, Any]) -> tuple[AsyncPPOModule, RolloutDataModule]:
+def make_parts(folder: Path, ray_init: dict[str, Any], **options: Any) -> tuple[AsyncPPOModule, RolloutDataModule]:
     model = write_tiny_model(folder / "model", hidden=256, layers=4)
     data = RolloutDataModule(
         LetterPrompts(512),
@@ -58,10 +58,9 @@ def make_parts(folder: Path, ray_init: dict[str, Any]) -> tuple[AsyncPPOModule, 
         group_size=8,
         generation=SamplingParams(max_new_tokens=32),
         engine=SGLangEngine(server_args=SERVER),
-        gpus_per_engine=0.4,
-        weight_transport="disk",
         max_head_offpolicyness=2,
         ray_init=ray_init,
+        **{"gpus_per_engine": 0.4, "weight_transport": "disk", **options},
     )
     ppo = PPOConfig(n_minibatches=2, group_adv_norm=True, adv_norm=False)
     return AsyncPPOModule(str(model), optimizer=OptimizerConfig(lr=5e-4), ppo=ppo), data
@@ -97,5 +96,18 @@ def test_the_same_through_ray_strategy_in_bfloat16_autocast(tmp_path: Path, ray_
     trainer.fit(module, datamodule=data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     print({name: round(metrics[name], 4) for name in SHOWN if name in metrics})
+    assert trainer.global_step == STEPS and metrics["head_offpolicyness_max"] <= 2
+    assert metrics["task_reward"] > 0.4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_weights_reach_an_engine_on_another_gpu_by_nccl(tmp_path: Path, ray_init: dict[str, Any]) -> None:
+    ray_init["num_gpus"] = 2
+    module, data = make_parts(tmp_path, ray_init, gpus_per_engine=1, weight_transport="distributed")
+    strategy = RayStrategy(num_workers=1, num_gpus_per_worker=1, ray_init=ray_init)
+    trainer = make_trainer(STEPS, strategy=strategy)
+    trainer.fit(module, datamodule=data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    print({name: round(metrics[name], 4) for name in (*SHOWN, "time/weight_sync", "time/generation_paused") if name in metrics})
     assert trainer.global_step == STEPS and metrics["head_offpolicyness_max"] <= 2
     assert metrics["task_reward"] > 0.4
