@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import importlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -27,9 +27,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from echo_task import StepReporter  # noqa: E402
+from turn import TurnError, take_turn  # noqa: E402
+
 logger = logging.getLogger("async_vs_sync")
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "tiny": (256, 4, 4, 2, 512),
     "0.6b": (1024, 28, 16, 8, 3072),
@@ -39,7 +44,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 
 MEASURES = {
     "tokens_per_s": "trained tokens/s",
-    "step_s": "s/step",
+    "seconds": "s/step",
     "wait_s": "waiting for rollouts",
     "update_s": "recompute + update",
     "sync_s": "weight sync",
@@ -48,7 +53,7 @@ MEASURES = {
     "staleness": "staleness",
     "logprob_diff": "engine - trainer (nats)",
 }
-VERSIONS = ("torch", "lightning", "ray", "transformers", "sglang")
+VERSIONS = ("torch", "ray", "transformers", "sglang")
 
 
 def main() -> None:
@@ -120,19 +125,18 @@ def write_model(folder: Path, shape: str) -> None:
 
 
 def run(args: argparse.Namespace, eta: int, model: str) -> dict[str, Any]:
-    """One bound in a process of its own: medians and means over its measured steps."""
+    """One bound in processes of its own: means over its measured steps, the median of pauses."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--model", model, "--etas", str(eta)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=args.timeout, check=False)
-    steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
-    measured = steps[args.warmup : args.warmup + args.steps]
-    if done.returncode or len(measured) < args.steps:
-        logger.warning("eta %d ended with status %d after %d steps: %s", eta, done.returncode, len(steps), done.stdout[-2000:])
-        return {"failed": done.returncode, "steps": steps}
-    summary = {name: round(mean(step[name] for step in measured if name in step), 4) for name in MEASURES if name in measured[0]}
-    summary["tokens_per_s"] = round(sum(s["tokens"] for s in measured) / sum(s["step_s"] for s in measured), 1)
-    summary["paused_s"] = round(median(step["paused_s"] for step in measured), 4)
-    return {**summary, "steps": steps}
+    try:
+        turn = take_turn(command, args.warmup, args.steps, args.timeout)
+    except TurnError as error:
+        logger.warning("eta %d failed: %s", eta, error)
+        return {"failure": str(error)}
+    columns = {name: [step[name] for step in turn.steps if name in step] for name in MEASURES}
+    summary = {name: round(mean(values), 4) for name, values in columns.items() if values}
+    summary["tokens_per_s"] = round(turn.tokens_per_s, 1)
+    summary["paused_s"] = round(median(step["paused_s"] for step in turn.steps), 4)
+    return {**summary, "steps": turn.steps}
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "commit": os.environ.get("COMMIT", commit),
         "command": f"python benchmarks/gpu/async_vs_sync.py {' '.join(sys.argv[1:])}",
         "machine": f"{len(gpus)} x {gpus[0]}" if gpus else platform.processor(),
-        "versions": {name: importlib.import_module(name).__version__ for name in VERSIONS},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "task": f"Qwen3-{args.shape} shape, random weights; {args.prompts} prompts x {args.answers} answers a step, lengths "
         f"lognormal with median {args.median_tokens} and sigma {args.sigma}, at most {args.max_tokens} tokens",
     }
@@ -258,7 +262,7 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any]:
     from rl_lightning.types import SamplingParams
 
     on_gpu = {
-        "mem_fraction_static": 0.8,
+        "mem_fraction_static": 0.7,
         "attention_backend": args.attention_backend,
         "cuda_graph_max_bs": 256,
         "cuda_graph_backend_prefill": "disabled",
@@ -287,38 +291,31 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def make_reports(steps: int) -> Any:
     """The callback that prints every step and ends the run after `steps`, while the engine still has work."""
-    import time
-
     import lightning.pytorch as pl
 
     class Reports(pl.Callback):
         def __init__(self) -> None:
-            self.steps, self.last_s, self.busy = 0, time.perf_counter(), (0.0, 0.0)
+            self.reporter = StepReporter()
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.last_s = time.perf_counter()
+            self.reporter.restart()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            now, self.steps = time.perf_counter(), self.steps + 1
-            seen = pl_module.step_statistics
-            synced = trainer.callback_metrics
-            line = {
-                "step": self.steps,
-                "step_s": now - self.last_s,
-                "tokens": len(batch.token_ids),
-                "wait_s": batch.wait_s,
-                "update_s": seen["time/recompute"] + seen["time/update"],
-                "sync_s": float(synced.get("time/weight_sync", 0.0)),
-                "paused_s": float(synced.get("time/generation_paused", 0.0)),
-                "engine_idle": trainer.datamodule.statistics()["engine_idle_share"],
-                "staleness": seen["head_offpolicyness"],
-                "staleness_max": seen["head_offpolicyness_max"],
-            }
-            if "engine_logprob_diff" in seen:
-                line["logprob_diff"] = seen["engine_logprob_diff"]
-            print(json.dumps(line), flush=True)
-            self.last_s = now
-            trainer.should_stop = self.steps >= steps
+            seen, synced = pl_module.step_statistics, trainer.callback_metrics
+            agreement = {"logprob_diff": seen["engine_logprob_diff"]} if "engine_logprob_diff" in seen else {}
+            self.reporter.step(
+                len(batch.token_ids),
+                seen["task_reward"],
+                wait_s=batch.wait_s,
+                update_s=seen["time/recompute"] + seen["time/update"],
+                sync_s=float(synced.get("time/weight_sync", 0.0)),  # of the step before
+                paused_s=float(synced.get("time/generation_paused", 0.0)),
+                engine_idle=trainer.datamodule.statistics()["engine_idle_share"],
+                staleness=seen["head_offpolicyness"],
+                staleness_max=seen["head_offpolicyness_max"],
+                **agreement,
+            )
+            trainer.should_stop = self.reporter.steps >= steps
 
     return Reports()
 
