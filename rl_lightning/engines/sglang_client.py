@@ -46,9 +46,11 @@ class SGLangClient:
         A connection that breaks although the server lives is tried again: every call here may be made twice.
 
         Raises:
-            EngineError: no connection, or a status that is not in `accept`.
+            EngineError: no connection, a closed client, or a status that is not in `accept`.
         """
         for pause_s in (*RETRY_S, None):
+            if self._session.closed:
+                raise EngineError(f"SGLang at {self.url} was stopped before it answered {path}")
             try:
                 async with self._session.request(method, self.url + path, json=body) as answer:
                     json = answer.content_type == "application/json"

@@ -12,7 +12,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,8 @@ class DistributedTransport:
         timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         store = PrefixStore(name, self._store)
         helper: Any = distributed_c10d._new_process_group_helper
-        group, _ = helper(self._world, 0, [], Backend(self._backend), store, group_name=name, timeout=timeout)
+        with unbound_default_group():
+            group, _ = helper(self._world, 0, [], Backend(self._backend), store, group_name=name, timeout=timeout)
         return group
 
     def _broadcast(self, flat: Tensor, channel: SyncChannel, deadline: float) -> None:
@@ -163,6 +165,26 @@ class DistributedTransport:
             distributed_c10d._world.pg_to_tag,
         ):
             registry.pop(group, None)
+
+
+@contextmanager
+def unbound_default_group() -> Iterator[None]:
+    """Inside, new process groups are formed from scratch.
+
+    Where the trainer's own group is bound to a GPU, torch would split a new group's communicator off that one; the servers
+    are not in it, and both sides would wait for each other.
+    """
+    from torch import distributed
+
+    default = distributed.group.WORLD if distributed.is_initialized() else None
+    bound = None if default is None else default.bound_device_id
+    try:
+        if default is not None:
+            default.bound_device_id = None
+        yield
+    finally:
+        if default is not None:
+            default.bound_device_id = bound
 
 
 class _Background:

@@ -24,7 +24,7 @@ from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.engines.sglang_args import server_command, server_env
-from rl_lightning.engines.sglang_client import read_segment, sampling_params
+from rl_lightning.engines.sglang_client import SGLangClient, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
 from rl_lightning.engines.sglang_probe import find_parameter
 from rl_lightning.engines.sglang_receiver import as_held
@@ -242,3 +242,13 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
     psutil.wait_procs([server], timeout=5)
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stopped_client_says_so() -> None:
+    async def call_after_close() -> None:
+        client = SGLangClient("http://127.0.0.1:9", None)
+        await client.close()
+        await client.server_info()
+
+    with pytest.raises(EngineError, match="was stopped before it answered /server_info"):
+        asyncio.run(call_after_close())

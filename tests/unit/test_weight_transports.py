@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rl_lightning.weights.buckets import buckets_of
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
 from rl_lightning.weights.disk import DiskTransport
-from rl_lightning.weights.distributed import DistributedTransport, describe, flatten
+from rl_lightning.weights.distributed import DistributedTransport, describe, flatten, unbound_default_group
 
 WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16)), ("c", torch.zeros(1))]
 
@@ -88,3 +89,17 @@ def test_each_transfer_has_names_of_its_own(transport: DistributedTransport) -> 
     [first], [second] = (transport.stage(version, WEIGHTS, ["x"]) for version in (1, 2))
     assert first.payload["port"] == second.payload["port"] and first.payload["sync"] != second.payload["sync"]
     assert (first.payload["rank"], first.payload["world_size"]) == (1, 2)
+
+
+def test_a_group_with_engines_is_not_split_off_the_trainers_own() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.group.WORLD.bound_device_id = torch.device("cpu", 0)
+        with pytest.raises(ZeroDivisionError), unbound_default_group():
+            assert dist.group.WORLD.bound_device_id is None
+            _ = 1 / 0
+        assert dist.group.WORLD.bound_device_id == torch.device("cpu", 0)
+    finally:
+        dist.destroy_process_group()
+    with unbound_default_group():  # nothing to unbind
+        assert not dist.is_initialized()
