@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rl_lightning import __version__
 from rl_lightning.callbacks.export import Export
 from rl_lightning.callbacks.main_log import MainLog
+from rl_lightning.callbacks.nonfinite import NonFiniteGuard
 from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoint
 from rl_lightning.callbacks.rollout_log import RolloutLog
 from rl_lightning.callbacks.run_log import RunLog
@@ -188,13 +189,14 @@ class RLCLI(LightningCLI):
 
 
 def run_callbacks(run: RunConfig, *, training: bool) -> list[Callback]:
-    """What every run has; the order matters: Throughput measures what RunLog prints."""
+    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged."""
     if not training:
         return [RunLog(run.logs)]
     return [
         Throughput(),
         RunLog(run.logs),
         RolloutLog(run.logs / "rollouts", run.sample_rollouts_steps),
+        NonFiniteGuard(run.checkpoints),
         Export(run.checkpoints, run.save_freq_epochs, run.save_freq_steps, run.save_freq_secs),
         RecoveryCheckpoint(run.checkpoints, run.ckpt_freq_epochs, run.ckpt_freq_steps, run.ckpt_freq_secs),
     ]
