@@ -1,7 +1,8 @@
-"""Ragged random tokens for tests of the objective, and how they are cut at sequence borders."""
+"""Ragged random tokens for tests of the objective, cut at sequence borders, and slow loops over them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -65,3 +66,56 @@ def cuts(n_seqs: int, n_parts: int) -> Iterator[tuple[int, int]]:
     """`n_parts` runs of neighbouring sequences, as even as they go."""
     borders = [n_seqs * i // n_parts for i in range(n_parts + 1)]
     return pairwise(borders)
+
+
+CORRECTIONS: list[tuple[str, dict[str, float]]] = [
+    ("decoupled", {}),
+    ("decoupled", {"cap": 1.2}),
+    ("tis", {"cap": 1.2}),
+    ("icepop", {"cap": 1.5, "floor": 0.7}),
+    ("sequence-mask", {"cap": 1.2, "floor": 0.9}),
+    ("m2po", {"m2_threshold": 0.1}),
+]
+"""Every correction, with options that act on these random tokens."""
+
+
+def naive_m2_keep(x: Tokens, threshold: float) -> set[int]:
+    """Drops the largest until the mean of the rest is small enough."""
+    squares = {t: float(x.o[t] - x.p[t]) ** 2 for chosen in x.loss_tokens() for t in chosen}
+    while squares and math.fsum(squares.values()) / len(squares) > threshold:
+        squares.pop(max(squares, key=lambda t: squares[t]))
+    return set(squares)
+
+
+def naive_weights(x: Tokens, correction: str, options: dict[str, float]) -> tuple[list[float], list[bool]]:
+    """Weights and dropped tokens, one token at a time."""
+    cap, floor = options.get("cap", math.inf), options.get("floor", 0.0)
+    weights, dropped = [0.0] * len(x.n), [False] * len(x.n)
+    kept = naive_m2_keep(x, options["m2_threshold"]) if correction == "m2po" else set()
+    for chosen in x.loss_tokens():
+        gaps = [float(x.p[t] - x.o[t]) for t in chosen]
+        geometric_mean = math.exp(sum(gaps) / max(1, len(gaps)))
+        for t, gap in zip(chosen, gaps, strict=True):
+            w = math.exp(gap)
+            if correction == "tis":
+                w = min(w, cap)
+            elif correction == "m2po":
+                dropped[t] = t not in kept
+            else:
+                dropped[t] = not floor <= (geometric_mean if correction == "sequence-mask" else w) <= cap
+            weights[t] = 0.0 if dropped[t] else w
+    return weights, dropped
+
+
+def naive_aggregate(losses: list[float], sequences: list[list[int]], aggregation: str) -> float:
+    """Mean of means, or whatever it is, literally."""
+    answers = [[losses[t] for t in sequence] for sequence in sequences if sequence]
+    if not answers:
+        return 0.0
+    if aggregation == "token-mean":
+        flat = [x for answer in answers for x in answer]
+        return sum(flat) / len(flat)
+    if aggregation == "sequence-mean-token-mean":
+        return sum(sum(answer) / len(answer) for answer in answers) / len(answers)
+    mean_of_sums = sum(map(sum, answers)) / len(answers)
+    return mean_of_sums if aggregation == "sequence-mean-token-sum" else mean_of_sums / max(map(len, answers))

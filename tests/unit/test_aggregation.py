@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_samples import Tokens, tokens
+from objective_samples import Tokens, naive_aggregate, tokens
 
 from rl_lightning.objectives.aggregation import Aggregation, aggregate, denominator, token_weights
 from rl_lightning.objectives.sequences import Sequences
@@ -30,20 +30,6 @@ aggregations = st.sampled_from(get_args(Aggregation))
 def test_three_answers_of_which_one_has_no_token(aggregation: Any, weights: list[float], total: float) -> None:
     assert token_weights(MASK, STARTS, aggregation=aggregation).tolist() == weights
     assert float(denominator(MASK, STARTS, aggregation=aggregation)) == total
-
-
-def naive_aggregate(losses: list[float], sequences: list[list[int]], aggregation: str) -> float:
-    """Mean of means, or whatever it is, literally."""
-    answers = [[losses[t] for t in sequence] for sequence in sequences if sequence]
-    if not answers:
-        return 0.0
-    if aggregation == "token-mean":
-        flat = [x for answer in answers for x in answer]
-        return sum(flat) / len(flat)
-    if aggregation == "sequence-mean-token-mean":
-        return sum(sum(answer) / len(answer) for answer in answers) / len(answers)
-    mean_of_sums = sum(map(sum, answers)) / len(answers)
-    return mean_of_sums if aggregation == "sequence-mean-token-sum" else mean_of_sums / max(map(len, answers))
 
 
 @given(tokens, aggregations)

@@ -9,47 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_samples import Tokens, make_tokens, tokens
+from objective_samples import CORRECTIONS, Tokens, make_tokens, naive_m2_keep, naive_weights, tokens
 
 from rl_lightning.objectives.corrections import approximate_prox, importance_weights, m2_keep
-
-CORRECTIONS: list[tuple[str, dict[str, float]]] = [
-    ("decoupled", {}),
-    ("decoupled", {"cap": 1.2}),
-    ("tis", {"cap": 1.2}),
-    ("icepop", {"cap": 1.5, "floor": 0.7}),
-    ("sequence-mask", {"cap": 1.2, "floor": 0.9}),
-    ("m2po", {"m2_threshold": 0.1}),
-]
-"""Every correction, with options that act on the random tokens of these tests."""
-
-
-def naive_m2_keep(x: Tokens, threshold: float) -> set[int]:
-    """Drops the largest until the mean of the rest is small enough."""
-    squares = {t: float(x.o[t] - x.p[t]) ** 2 for chosen in x.loss_tokens() for t in chosen}
-    while squares and math.fsum(squares.values()) / len(squares) > threshold:
-        squares.pop(max(squares, key=lambda t: squares[t]))
-    return set(squares)
-
-
-def naive_weights(x: Tokens, correction: str, options: dict[str, float]) -> tuple[list[float], list[bool]]:
-    """Weights and dropped tokens, one token at a time."""
-    cap, floor = options.get("cap", math.inf), options.get("floor", 0.0)
-    weights, dropped = [0.0] * len(x.n), [False] * len(x.n)
-    kept = naive_m2_keep(x, options["m2_threshold"]) if correction == "m2po" else set()
-    for chosen in x.loss_tokens():
-        gaps = [float(x.p[t] - x.o[t]) for t in chosen]
-        geometric_mean = math.exp(sum(gaps) / max(1, len(gaps)))
-        for t, gap in zip(chosen, gaps, strict=True):
-            w = math.exp(gap)
-            if correction == "tis":
-                w = min(w, cap)
-            elif correction == "m2po":
-                dropped[t] = t not in kept
-            else:
-                dropped[t] = not floor <= (geometric_mean if correction == "sequence-mask" else w) <= cap
-            weights[t] = 0.0 if dropped[t] else w
-    return weights, dropped
 
 
 @pytest.mark.parametrize(("correction", "options"), CORRECTIONS)
