@@ -67,7 +67,8 @@ def test_masked_tokens_may_hold_anything(junk: float) -> None:
     other = torch.tensor([0.1, junk])
     loss, stats = value_loss(values, other, other, torch.tensor([True, False]), value_eps_clip=0.2)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(0.08) and values.grad is not None and values.grad.tolist() == pytest.approx([0.4, 0])
+    assert float(loss.detach()) == pytest.approx(0.08)
+    assert values.grad is not None and values.grad.tolist() == pytest.approx([0.4, 0])
     assert all(float(value[1]) == 0 for value in stats.values())
 
 
