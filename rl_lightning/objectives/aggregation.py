@@ -21,7 +21,7 @@ def aggregate(
     aggregation: Aggregation,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """The scalar sum(losses * token_weights) / normalizer.
+    """The scalar sum(losses * token_weights) / normalizer, in the type of `losses`.
 
     Args:
         losses: (T,); what it holds off the mask does not matter.
@@ -36,7 +36,8 @@ def aggregate(
     weights = token_weights(loss_mask, cu_seqlens, aggregation=aggregation).to(losses.dtype)
     if normalizer is None:
         normalizer = denominator(loss_mask, cu_seqlens, aggregation=aggregation)
-    return (torch.where(loss_mask, losses, 0.0) * weights).sum() / normalizer
+    total = (torch.where(loss_mask, losses, 0.0) * weights).sum()
+    return (total / normalizer).to(losses.dtype)
 
 
 def token_weights(loss_mask: Tensor, cu_seqlens: Tensor | None, *, aggregation: Aggregation) -> Tensor:

@@ -91,7 +91,7 @@ def ppo_loss(
         sequences = Sequences(loss_mask, cu_seqlens, needed_by=f"surrogate={surrogate}")
         ratio, advantages = sequences.means(log_ratio).exp(), sequences.means(advantages)
     bounds = (1 - eps_clip, 1 + (eps_clip if eps_clip_high is None else eps_clip_high))
-    loss, is_clipped = _clipped(ratio, advantages, torch.where(loss_mask, logprobs, 0.0), bounds, surrogate)
+    loss, is_clipped = _clipped(ratio, advantages, logprobs, bounds, surrogate)
     loss, is_bounded = _dual_clipped(loss, advantages, c_clip)
     stats = {"importance_weight": ratio, "approx_kl": log_ratio, "actor_clip_ratio": is_clipped, "dual_clip_ratio": is_bounded}
     if prox_logprobs is not None:

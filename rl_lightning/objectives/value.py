@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rl_lightning.objectives.aggregation import aggregate
+
 
 def value_loss(
     values: Tensor,
@@ -42,7 +44,6 @@ def value_loss(
     move = torch.where(loss_mask, values - old_values.detach(), 0.0)
     excess = move - move.clamp(-value_eps_clip, value_eps_clip)  # exactly 0 within the range: rounding is no clip
     free, clipped = error.square() / 2, (error - excess).square() / 2
-    if normalizer is None:
-        normalizer = loss_mask.sum().clamp(min=1)
     stats = {"value_clip_ratio": (clipped > free).to(values.dtype), "value_error": error.detach().square()}
-    return torch.maximum(free, clipped).sum() / normalizer, stats
+    loss = aggregate(torch.maximum(free, clipped), loss_mask, None, aggregation="token-mean", normalizer=normalizer)
+    return loss, stats

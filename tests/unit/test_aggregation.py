@@ -29,6 +29,7 @@ aggregations = st.sampled_from(get_args(Aggregation))
 )
 def test_three_answers_of_which_one_has_no_token(aggregation: Any, weights: list[float], total: float) -> None:
     assert token_weights(MASK, STARTS, aggregation=aggregation).tolist() == weights
+    assert aggregate(torch.ones(6), MASK, STARTS, aggregation=aggregation).dtype == torch.float32
     assert float(denominator(MASK, STARTS, aggregation=aggregation)) == total
 
 
