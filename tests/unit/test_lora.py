@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def test_adapters_can_be_fine_tuned_too(folder: str) -> None:
         losses.append(module.step_statistics["loss"])
     assert losses[1] < losses[0]
     assert [n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n] == []
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"lora.rank=16 needs the package peft: run pip install rl-lightning\[lora\]"):
+        LoRAConfig()
 
 
 def test_what_cannot_be_adapted_is_refused(folder: str) -> None:
