@@ -172,11 +172,7 @@ class RolloutDataModule(LightningDataModule):
             return
         self.check_inputs()
         world_size = self._ranks()[1]
-        if self.batch_size % world_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} prompts cannot be shared by {world_size} trainer ranks (num_workers or devices): "
-                f"make one a multiple of the other"
-            )
+        self._check_shares(world_size)
         module: Any = self._trainer.lightning_module
         if stage == "fit" and hasattr(module, "check_data"):
             module.check_data(self, world_size)
@@ -233,6 +229,18 @@ class RolloutDataModule(LightningDataModule):
         return self.fleet.call("statistics") if self.fleet is not None else {}
 
     # -- inside
+
+    def _check_shares(self, world_size: int) -> None:
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} prompts cannot be shared by {world_size} trainer ranks (num_workers or devices): "
+                f"make one a multiple of the other"
+            )
+        if self.validation_prompts is not None and len(self.validation_prompts) < world_size:
+            raise ValueError(
+                f"validation_prompts holds {len(self.validation_prompts)} prompts, too few for {world_size} trainer ranks "
+                f"(num_workers or devices): give each rank at least one, or set validation_prompts to null"
+            )
 
     def _launch(self) -> RolloutFleet:
         import ray
