@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import pickle
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from training_samples import Alone, Batches, make_batch, make_trainer, write_model
 
@@ -28,6 +26,11 @@ from rl_lightning.rollout.replay import ReplayDataModule
 from rl_lightning.types import Batch, SamplingParams
 
 OPTIONS: dict[str, Any] = {"ppo": PPOConfig(n_minibatches=2), "optimizer": OptimizerConfig(lr=1e-2, schedule="linear")}
+WITH_MODELS_BESIDE: dict[str, Any] = {
+    "ppo": PPOConfig(n_minibatches=2, disable_value=False, kl_ctl=0.1, use_adaptive_kl_ctl=True, ref_ema_eta=0.5),
+    "optimizer": OptimizerConfig(lr=1e-2),
+    "init_critic_from_actor": True,
+}
 TEMPERATURE = 0.7
 MEASURED = ("time/", "throughput/")
 
@@ -78,21 +81,11 @@ def run(folder: str, dumps: Path, data: pl.LightningDataModule, **guard: Any) ->
     return kept
 
 
-def stopped(folder: str, dumps: Path, data: pl.LightningDataModule, **guard: Any) -> tuple[Path, dict[str, float], str]:
-    """The dump, the statistics of the step in it, and what was said."""
-    kept = Kept()
-    trainer = make_trainer(callbacks=[kept, NonFiniteGuard(dumps, **guard)])
-    with pytest.raises(NonFiniteError) as error:
-        trainer.fit(Alone(folder, **OPTIONS), datamodule=data)
-    (dump,) = dumps.iterdir()
-    return dump, kept.steps[-1], str(error.value)
-
-
-def replayed(folder: str, dump: Path) -> dict[str, float]:
+def replayed(folder: str, dump: Path, options: dict[str, Any] = OPTIONS) -> dict[str, float]:
     """The statistics of the one step that a replay trains."""
     kept = Kept()
     trainer = make_trainer(callbacks=[kept, NonFiniteGuard(dump.parent / "again", max_in_a_row=1)], max_epochs=3)
-    trainer.fit(Alone(folder, **OPTIONS), datamodule=ReplayDataModule(str(dump)), ckpt_path=dump / "step.ckpt")
+    trainer.fit(Alone(folder, **options), datamodule=ReplayDataModule(str(dump)), ckpt_path=dump / "step.ckpt")
     assert len(kept.steps) == 1 and trainer.global_step == int(dump.name.removeprefix("nonfinite_globalstep"))
     assert not (dump.parent / "again").exists()
     return kept.steps[0]
@@ -106,13 +99,27 @@ def assert_same(one: dict[str, float], other: dict[str, float]) -> None:
         assert value == other[name] or (math.isnan(value) and math.isnan(other[name])), name
 
 
-def test_the_third_step_in_a_row_ends_the_run_and_is_trained_again_exactly(folder: str, tmp_path: Path) -> None:
-    dump, statistics, message = stopped(folder, tmp_path / "dumps", PoisonedData())
-    assert statistics["nonfinite_gradients"] == 1 and statistics["grad_norm"] > 0, "the other minibatch was updated on"
+@pytest.mark.parametrize("options", [OPTIONS, WITH_MODELS_BESIDE], ids=["actor", "critic and reference"])
+def test_the_third_step_in_a_row_ends_the_run_and_is_trained_again_exactly(
+    folder: str, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    dumps, kept = tmp_path / "dumps", Kept()
+    trainer = make_trainer(callbacks=[kept, NonFiniteGuard(dumps)])
+    with pytest.raises(NonFiniteError, match=r"in 3 training steps in a row, the last of them global step 5; .*ReplayDataModule"):
+        trainer.fit(Alone(folder, **options), datamodule=PoisonedData())
+    (dump,) = dumps.iterdir()
     assert dump.name == "nonfinite_globalstep5"
     assert sorted(p.name for p in dump.iterdir()) == ["batch_rank0.pt", "step.ckpt"]
-    assert "3 training steps in a row" in message and str(dump) in message and "ReplayDataModule" in message
-    assert_same(replayed(folder, dump), statistics)
+    assert_same(replayed(folder, dump, options), kept.steps[-1])
+
+
+def test_a_step_with_one_bad_minibatch_has_moved_the_weights_which_the_dump_has_not(folder: str, tmp_path: Path) -> None:
+    kept, module = Kept(), Alone(folder, **OPTIONS)
+    with pytest.raises(NonFiniteError):
+        make_trainer(callbacks=[kept, NonFiniteGuard(tmp_path)]).fit(module, datamodule=PoisonedData())
+    assert kept.steps[-1]["nonfinite_gradients"] == 1 and kept.steps[-1]["grad_norm"] > 0
+    saved = torch.load(tmp_path / "nonfinite_globalstep5" / "step.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(saved[name], value) for name, value in module.state_dict().items())
 
 
 def test_a_healthy_step_in_between_starts_the_count_again(folder: str, tmp_path: Path) -> None:
@@ -121,7 +128,8 @@ def test_a_healthy_step_in_between_starts_the_count_again(folder: str, tmp_path:
     assert list((tmp_path / "dumps").iterdir()) == [], "starts that were saved in vain are gone"
 
 
-def test_a_healthy_step_is_trained_again_exactly(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [OPTIONS, WITH_MODELS_BESIDE], ids=["actor", "critic and reference"])
+def test_a_healthy_step_is_trained_again_exactly(folder: str, tmp_path: Path, options: dict[str, Any]) -> None:
     """As well as an unhealthy one, whose statistics are mostly NaN."""
 
     class Claims(Alone):
@@ -132,9 +140,9 @@ def test_a_healthy_step_is_trained_again_exactly(folder: str, tmp_path: Path) ->
     kept = Kept()
     trainer = make_trainer(callbacks=[kept, NonFiniteGuard(tmp_path / "dumps", max_in_a_row=1)])
     with pytest.raises(NonFiniteError):
-        trainer.fit(Claims(folder, **OPTIONS), datamodule=PoisonedData(bad=()))
+        trainer.fit(Claims(folder, **options), datamodule=PoisonedData(bad=()))
     (dump,) = (tmp_path / "dumps").iterdir()
-    again = replayed(folder, dump)
+    again = replayed(folder, dump, options)
     assert again["actor_loss"] == kept.steps[-1]["actor_loss"] != kept.steps[-2]["actor_loss"]
     assert_same(again, {**kept.steps[-1], "nonfinite_gradients": 0.0})
 
@@ -163,20 +171,26 @@ def test_a_run_by_command_line_is_replayed_by_its_dump_alone(
     monkeypatch.setattr(sys, "argv", ["rl-lightning"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    kept = Kept()
     folder = write_tiny_model(tmp_path / "model")
     model = ["--model=AsyncPPOModule", f"--model.path={folder}", "--model.ppo.n_minibatches=2", "--model.optimizer.lr=1e-2"]
     options = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--run.experiment=e"]
-    with caplog.at_level(logging.INFO, "rl_lightning"), pytest.raises(NonFiniteError, match="rl-lightning fit --config") as error:
-        kept_by_cli(kept, ["fit", *model, "--data=test_nonfinite.PoisonedData", *options])
+    kept, again = Kept(), Kept()
+    with caplog.at_level(logging.INFO, "rl_lightning"), pytest.raises(NonFiniteError) as error:
+        run_command(kept, ["fit", *model, "--data=test_nonfinite.PoisonedData", *options])
     assert caplog.text.count("(global step 5) finishes") == 1, "the last step is logged as well"
     dump = Path("runs/checkpoints/e/trial0/nonfinite_globalstep5")
-    assert f"--config {dump}/config.yaml`" in str(error.value)
-    assert_same(replayed_without_ray(dump), kept.steps[-1])
+    assert f"`rl-lightning fit --config {dump}/config.yaml`" in str(error.value)
+    for name in ("ray", "sglang"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    run_command(again, ["fit", f"--config={dump}/config.yaml"])
+    assert len(again.steps) == 1
+    assert_same(again.steps[0], kept.steps[-1])
     assert sorted(p.name for p in Path("runs/logs/e").iterdir()) == ["trial0"], "a replay writes below its dump"
 
 
-def kept_by_cli(kept: Kept, args: list[str]) -> None:
+def run_command(kept: Kept, args: list[str]) -> None:
+    """The command line with one more callback."""
+
     class CLI(RLCLI):
         def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
             trainer = super().instantiate_trainer(**kwargs)
@@ -184,24 +198,6 @@ def kept_by_cli(kept: Kept, args: list[str]) -> None:
             return trainer
 
     CLI(args)
-
-
-REPLAY = """
-import json, sys
-sys.modules |= {"ray": None, "sglang": None}
-from rl_lightning.cli import RLCLI
-json.dump(RLCLI().model.step_statistics, open("statistics.json", "w"))
-"""
-
-
-def replayed_without_ray(dump: Path) -> dict[str, float]:
-    """By the command that the error names, in a process that cannot import Ray or SGLang."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", REPLAY, "fit", f"--config={dump}/config.yaml"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    statistics: dict[str, float] = json.loads(Path("statistics.json").read_text())
-    return statistics
 
 
 def test_a_replay_takes_one_device_and_nothing_of_the_cluster() -> None:
