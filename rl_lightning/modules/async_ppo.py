@@ -83,17 +83,16 @@ class AsyncPPOModule(PolicyObjective):
         ref_path: str | None = None,
         ref_max_tokens_per_mb: int | None = None,
     ) -> None:
-        super().__init__(
-            path,
-            ppo,
-            optimizer=optimizer,
-            max_tokens_per_mb=max_tokens_per_mb,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            share_prompts=share_prompts,
-            seed=seed,
-            lora=lora,
-        )
+        actor: dict[str, Any] = {
+            "optimizer": optimizer,
+            "max_tokens_per_mb": max_tokens_per_mb,
+            "dtype": dtype,
+            "gradient_checkpointing": gradient_checkpointing,
+            "share_prompts": share_prompts,
+            "seed": seed,
+            "lora": lora,
+        }
+        super().__init__(path, ppo, **actor)
         self.critic_optimizer_config = as_config(OptimizerConfig, critic_optimizer)
         beside: dict[str, Any] = {
             "critic_path": critic_path,
@@ -111,19 +110,7 @@ class AsyncPPOModule(PolicyObjective):
         self.critic: Any = None
         self.reference: Reference | None = None
         self._saved_reference: dict[str, Tensor] | None = None
-        self.remember(
-            path=path,
-            optimizer=self.optimizer_config,
-            ppo=self.ppo,
-            max_tokens_per_mb=max_tokens_per_mb,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            share_prompts=share_prompts,
-            seed=seed,
-            logprob_diff_limit=logprob_diff_limit,
-            lora=self.lora,
-            **beside,
-        )
+        self.remember(path=path, ppo=ppo, logprob_diff_limit=logprob_diff_limit, **actor, **beside)
 
     # -- LightningModule
 
@@ -275,7 +262,7 @@ class AsyncPPOModule(PolicyObjective):
             if is_first and policy.keep is None:
                 policy.learn_prox(micro, logprobs)
             loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer))
-            self._add_loss_statistics(statistics, loss, {**by_token, "entropy": entropy})
+            self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})
             if "importance_weight" in by_token:
                 ratio.add_(torch.tensor([float(by_token["importance_weight"].double().sum()), float(len(entropy))]))
             return loss
@@ -294,18 +281,18 @@ class AsyncPPOModule(PolicyObjective):
             if micro.is_empty:
                 return output.sum() * 0.0
             loss, by_token = self.critic.loss(output, micro, targets, n_tokens)
-            statistics.add_sum("value_loss", loss / self.ppo.n_minibatches)
-            for name, values in by_token.items():
-                statistics.add_values(name, values)
+            self._add_loss_statistics(statistics, "value_loss", loss, by_token)
             return loss
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.critic_max_tokens_per_mb)
         self._count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
 
-    def _add_loss_statistics(self, statistics: StepStatistics, loss: Tensor, by_token: Mapping[str, Tensor]) -> None:
-        statistics.add_sum("actor_loss", loss / self.ppo.n_minibatches)
-        for name, values in by_token.items():
-            statistics.add_values(name, values)
+    def _add_loss_statistics(
+        self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]
+    ) -> None:
+        statistics.add_sum(name, loss / self.ppo.n_minibatches)
+        for statistic, values in by_token.items():
+            statistics.add_values(statistic, values)
 
     def _admits(self, ratio: Tensor) -> bool:
         """Whether the mean importance ratio, from its (sum, count) on this rank, is small enough to update on."""

@@ -69,6 +69,7 @@ class PolicyObjective(LanguageModule):
             behav_imp_weight_floor=ppo.behav_imp_weight_floor,
             surrogate=ppo.surrogate,
             correction=ppo.correction,
+            m2_threshold=ppo.m2_threshold,
             aggregation=ppo.aggregation,
             keep=tokens.keep,
             cu_seqlens=tokens.cu_seqlens,

@@ -119,8 +119,8 @@ def test_advantages_use_the_values(folder: str) -> None:
 @pytest.mark.parametrize("share", [False, True])
 def test_the_critic_does_not_depend_on_micro_batches(folder: str, max_tokens: int, share: bool) -> None:
     batches = [make_batch(seed=33), make_batch(seed=34)]
-    whole = make_module(folder, {"n_minibatches": 2})
-    cut = make_module(folder, {"n_minibatches": 2}, critic_max_tokens_per_mb=max_tokens, share_prompts=share)
+    options: dict[str, Any] = {"critic_max_tokens_per_mb": max_tokens, "share_prompts": share, "gradient_checkpointing": share}
+    whole, cut = make_module(folder, {"n_minibatches": 2}), make_module(folder, {"n_minibatches": 2}, **options)
     for module in (whole, cut):
         fit(module, batches)
     for name, gradient in whole.gradients.items():
