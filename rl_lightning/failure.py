@@ -16,7 +16,7 @@ CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 """Wrong code: their traceback says where. Like the others they come again however often one tries."""
 
 TRAINING_ERRORS = (NonFiniteError,)
-"""Training that cannot go on from where it stands."""
+"""Training that cannot go on from where it stands: the message says how to look into it."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

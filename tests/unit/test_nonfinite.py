@@ -17,7 +17,7 @@ import yaml
 from training_samples import Alone, Batches, make_batch, make_trainer, write_model
 
 from rl_lightning.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, is_nonfinite, replay_config
-from rl_lightning.cli import RLCLI
+from rl_lightning.cli import RLCLI, main
 from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.modules.optimizer import OptimizerConfig
@@ -158,6 +158,17 @@ def test_no_restart_mends_it() -> None:
     error = NonFiniteError("3 in a row")
     assert not may_be_mended_by_restart(error) and not may_be_mended_by_restart(pickle.loads(pickle.dumps(error)))
     assert may_be_mended_by_restart(RuntimeError("out of memory"))
+
+
+def test_it_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(args: Any) -> None:
+        raise RuntimeError("training worker rank 0 raised NonFiniteError") from NonFiniteError("3 in a row; replay it")
+
+    monkeypatch.setattr("rl_lightning.cli.RLCLI", fail)
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 1
+    assert caplog.records[-1].getMessage() == "3 in a row; replay it" and caplog.records[-1].brief
 
 
 def test_at_least_one_step() -> None:
