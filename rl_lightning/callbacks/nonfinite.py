@@ -82,7 +82,8 @@ class NonFiniteGuard(Callback):
     # -- inside
 
     def _save(self, trainer: Trainer, batch: Batch, batch_idx: int) -> None:
-        self._part = part = self.folder / f".nonfinite_globalstep{trainer.global_step + 1}.part"
+        name = f".nonfinite_globalstep{trainer.global_step + 1}.part"
+        self._part = part = Path(trainer.strategy.broadcast(str(self.folder / name)))  # rank 0's folder holds all ranks' batches
         if trainer.is_global_zero:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
