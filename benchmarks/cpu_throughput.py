@@ -13,12 +13,8 @@ have as many tokens to generate as they train on.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -26,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from circumstances import circumstances
 from echo_task import ANSWERS, NEW_TOKENS, PROMPTS, TOKENS, write_model
 from turn import Turn, TurnError, take_turn
 
@@ -109,16 +106,9 @@ def summarise(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Where, when and how the numbers were made."""
-    git = ["git", "-C", str(HERE)]
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit + ("+changes" if changed else ""),
+        **circumstances(),
         "command": f"make benchmark ARGS='--rounds {args.rounds} --steps {args.steps} --warmup {args.warmup}'",
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {names[0].partition(': ')[2] if names else platform.processor()}",
-        "python": platform.python_version(),
         "task": f"{PROMPTS} prompts x {ANSWERS} answers x {NEW_TOKENS} tokens = {TOKENS} generated tokens per step",
     }
 

@@ -25,11 +25,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rl_lightning import __version__
 from rl_lightning.callbacks.export import Export
 from rl_lightning.callbacks.main_log import MainLog
+from rl_lightning.callbacks.nonfinite import NonFiniteGuard
 from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoint
 from rl_lightning.callbacks.rollout_log import RolloutLog
 from rl_lightning.callbacks.run_log import RunLog
 from rl_lightning.callbacks.throughput import Throughput
-from rl_lightning.failure import CONFIGURATION_ERRORS, find_cause, may_be_mended_by_restart
+from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, find_cause, may_be_mended_by_restart
 from rl_lightning.gpus import apply_allocation
 from rl_lightning.parser import RunArgumentParser
 from rl_lightning.run import RunConfig
@@ -188,13 +189,14 @@ class RLCLI(LightningCLI):
 
 
 def run_callbacks(run: RunConfig, *, training: bool) -> list[Callback]:
-    """What every run has; the order matters: Throughput measures what RunLog prints."""
+    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged."""
     if not training:
         return [RunLog(run.logs)]
     return [
         Throughput(),
         RunLog(run.logs),
         RolloutLog(run.logs / "rollouts", run.sample_rollouts_steps),
+        NonFiniteGuard(run.checkpoints),
         Export(run.checkpoints, run.save_freq_epochs, run.save_freq_steps, run.save_freq_secs),
         RecoveryCheckpoint(run.checkpoints, run.ckpt_freq_epochs, run.ckpt_freq_steps, run.ckpt_freq_secs),
     ]
@@ -254,7 +256,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script. Ends with status 2 for wrong options or data, told in one sentence, and 1 for other failures."""
+    """The console script. Ends with status 2 for wrong options or data, and 1 for other failures.
+
+    What needs no traceback, because its message says what to do, is told in one sentence.
+    """
     show_logs()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading and saving, torn to lines by log files and Ray
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of torch, nothing that a user could change
@@ -263,8 +268,8 @@ def main(args: ArgsType = None) -> None:
     try:
         RLCLI(args)
     except Exception as error:
-        sentence = find_cause(error, CONFIGURATION_ERRORS)
+        sentence = find_cause(error, (*CONFIGURATION_ERRORS, *TRAINING_ERRORS))
         logger.error("%s", sentence or error, exc_info=True, extra={"brief": sentence is not None})
-        sys.exit(1 if sentence is None else 2)
+        sys.exit(2 if isinstance(sentence, CONFIGURATION_ERRORS) else 1)
     finally:
         MainLog.detach_all()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from rl_lightning.callbacks.nonfinite import NonFiniteError
 from rl_lightning.engines.engine import WeightMismatchError
 
 CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException, WeightMismatchError)
@@ -13,6 +14,9 @@ CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException
 
 CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 """Wrong code: their traceback says where. Like the others they come again however often one tries."""
+
+TRAINING_ERRORS = (NonFiniteError,)
+"""Training that cannot go on from where it stands: the message says how to look into it."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -32,4 +36,4 @@ def find_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -> 
 
 def may_be_mended_by_restart(error: BaseException) -> bool:
     """Whether trying again has any prospect."""
-    return find_cause(error, (*CONFIGURATION_ERRORS, *CODE_ERRORS)) is None
+    return find_cause(error, (*CONFIGURATION_ERRORS, *CODE_ERRORS, *TRAINING_ERRORS)) is None

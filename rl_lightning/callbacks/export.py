@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+from rl_lightning.models.lora import has_lora, merged_weights, save_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ class Export(Callback):
     """Saves model and tokenizer as `epoch{E}epochstep{S}globalstep{G}` (all counted from 1), and once more at the end.
 
     Works with any module that has a Hugging Face `model`, and a `tokenizer` or the `path` that it was loaded from.
-    A folder appears under its name only when it is complete.
+    A folder appears under its name only when it is complete. Of a model that is trained by adapters it holds the merged
+    weights, and the adapter alone in `adapter`.
 
     Args:
         folder: where the folders go.
@@ -59,7 +61,11 @@ class Export(Callback):
         target = self.folder / str(self._name)
         part = self.folder / f".{self._name}.part"
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
+        if has_lora(model):
+            model.save_pretrained(part, state_dict=dict(merged_weights(model)))
+            save_adapter(model, part / "adapter", base=str(getattr(pl_module, "path", "")))
+        else:
+            model.save_pretrained(part)
         _tokenizer(pl_module).save_pretrained(part)
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)

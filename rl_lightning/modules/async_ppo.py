@@ -2,9 +2,9 @@
 
 One `training_step` is one rollout batch:
 
-    rewards -> compute_advantages -> [n minibatches: forward, policy_loss, backward, clip, step] -> version + 1
+    reference, critic -> compute_advantages -> [n minibatches: forward, policy_loss, backward, clip, step] -> version + 1
 
-Users change what is optimised by overriding `policy_loss` or `compute_advantages`.
+Users change what is optimised by overriding `policy_loss`, `compute_advantages` or `compute_returns`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,26 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.lora import LoRAConfig, merged_weights
+from rl_lightning.models.value_model import ValueModel
+from rl_lightning.modules.critic import Critic, ValueTargets, add_explained_variance, add_value_statistics
 from rl_lightning.modules.data_check import check_data
-from rl_lightning.modules.language_model import LanguageModule, as_config
+from rl_lightning.modules.language_model import as_config
+from rl_lightning.modules.m2_selection import select_m2
+from rl_lightning.modules.minibatches import deal_minibatches
+from rl_lightning.modules.model_check import check_models
+from rl_lightning.modules.objective import PolicyObjective
 from rl_lightning.modules.optimizer import OptimizerConfig
-from rl_lightning.modules.policy_batch import LossTokens, PolicyBatch
+from rl_lightning.modules.policy_batch import PolicyBatch
 from rl_lightning.modules.ppo_config import PPOConfig
+from rl_lightning.modules.reference import Reference, load_reference
 from rl_lightning.modules.rollout_statistics import add_engine_difference, add_rollout_statistics
+from rl_lightning.modules.scored_batch import ScoredBatch, with_end_tokens
 from rl_lightning.modules.statistics import StepStatistics
-from rl_lightning.objectives.advantages import gae, normalize, scale_rewards
-from rl_lightning.objectives.policy import ppo_loss
 from rl_lightning.types import Batch
 
 
-class AsyncPPOModule(LanguageModule):
+class AsyncPPOModule(PolicyObjective):
     """Trains a causal language model on rollouts that are up to `max_head_offpolicyness` versions old.
 
     Args:
@@ -43,10 +50,15 @@ class AsyncPPOModule(LanguageModule):
         dtype: type of the weights under training; engines get them in their own.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
-        seed: of the order in which groups are dealt to minibatches.
+        seed: of the order in which groups are dealt to minibatches, and of new adapters.
         logprob_diff_limit: engine and trainer disagree on a token if their log-probabilities differ by more.
-        critic_path: model of the critic; there is none in this version.
-        ref_path: model of the reference; there is none in this version.
+        lora: train adapters instead of the actor's own weights; None: train all weights.
+        critic_path: folder or hub name of the critic, with a value head or without; for `ppo.disable_value=false`.
+        init_critic_from_actor: start the critic from the actor's weights instead.
+        critic_optimizer: how the critic is updated.
+        critic_max_tokens_per_mb: most tokens of one pass of the critic; None: as the actor.
+        ref_path: folder or hub name of the reference that `ppo.kl_ctl` holds the actor to; None: the actor's own path.
+        ref_max_tokens_per_mb: most tokens of one pass of the reference; None: as the actor (AReaL: `ref_inf.mb_spec`).
 
     Raises:
         ValueError: options that contradict each other or need a part that is not there; the message names them.
@@ -63,97 +75,42 @@ class AsyncPPOModule(LanguageModule):
         share_prompts: bool | None = None,
         seed: int = 1,
         logprob_diff_limit: float = 0.1,
+        lora: LoRAConfig | None = None,
         critic_path: str | None = None,
+        init_critic_from_actor: bool = False,
+        critic_optimizer: OptimizerConfig = OptimizerConfig(),
+        critic_max_tokens_per_mb: int | None = None,
         ref_path: str | None = None,
+        ref_max_tokens_per_mb: int | None = None,
     ) -> None:
-        for name, value in (("critic_path", critic_path), ("ref_path", ref_path)):
-            if value is not None:
-                raise ValueError(f"{name}={value} asks for a second model, which this version does not have: leave it at null")
-        super().__init__(path, optimizer, max_tokens_per_mb, dtype, gradient_checkpointing, share_prompts, seed)
-        self.ppo = as_config(PPOConfig, ppo)
+        actor: dict[str, Any] = {
+            "optimizer": optimizer,
+            "max_tokens_per_mb": max_tokens_per_mb,
+            "dtype": dtype,
+            "gradient_checkpointing": gradient_checkpointing,
+            "share_prompts": share_prompts,
+            "seed": seed,
+            "lora": lora,
+        }
+        super().__init__(path, ppo, **actor)
+        self.critic_optimizer_config = as_config(OptimizerConfig, critic_optimizer)
+        beside: dict[str, Any] = {
+            "critic_path": critic_path,
+            "init_critic_from_actor": init_critic_from_actor,
+            "critic_optimizer": self.critic_optimizer_config,
+            "critic_max_tokens_per_mb": critic_max_tokens_per_mb,
+            "ref_path": ref_path,
+            "ref_max_tokens_per_mb": ref_max_tokens_per_mb,
+        }
+        check_models(self.ppo, **beside)
         self.logprob_diff_limit = logprob_diff_limit
-        self.remember(
-            path=path,
-            optimizer=self.optimizer_config,
-            ppo=self.ppo,
-            max_tokens_per_mb=max_tokens_per_mb,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            share_prompts=share_prompts,
-            seed=seed,
-            logprob_diff_limit=logprob_diff_limit,
-        )
-
-    # -- to override
-
-    def policy_loss(self, logprobs: Tensor, tokens: LossTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of one micro-batch in the loss of its minibatch.
-
-        Args:
-            logprobs: (M,) of the sampled tokens under the present weights, with gradient.
-            tokens: everything else about them.
-
-        Returns:
-            A scalar: the sum over tokens divided by `tokens.normalizer`; and detached (M,) tensors, whose mean over all loss
-            tokens of the step is logged under their names.
-        """
-        return ppo_loss(
-            logprobs,
-            tokens.behav_logprobs,
-            tokens.advantages,
-            tokens.loss_mask,
-            prox_logprobs=tokens.prox_logprobs if self.ppo.use_decoupled_loss else None,
-            eps_clip=self.ppo.eps_clip,
-            eps_clip_high=self.ppo.eps_clip_high,
-            c_clip=self.ppo.c_clip,
-            behav_imp_weight_cap=self.ppo.behav_imp_weight_cap,
-            normalizer=tokens.normalizer,
-        )
-
-    def compute_advantages(self, batch: Batch) -> Tensor:
-        """(T,) advantages of the batch's tokens, as they enter the loss; off the loss mask they do not matter.
-
-        The default spreads each answer's score over its tokens and normalises as configured. A collective: called on all
-        ranks once a step. The batch is on the CPU.
-        """
-        scores = self.scores(batch)
-        if self.ppo.group_adv_norm:
-            scores = normalize(scores, batch.group_ids, mean_level="group", std_level="group")
-        advantages = self.spread(scores, batch)
-        if self.ppo.adv_norm and not self.ppo.group_adv_norm:
-            advantages = self.normalize_over_batch(advantages, batch.loss_mask)
-        return advantages
-
-    # -- pieces of the default
-
-    def scores(self, batch: Batch) -> Tensor:
-        """(S,) scaled and clipped rewards; 0 for a truncated answer where so configured."""
-        ppo = self.ppo
-        scores = scale_rewards(
-            batch.rewards, bias=ppo.reward_output_bias, scaling=ppo.reward_output_scaling, clip=ppo.max_reward_clip
-        )
-        return torch.where(batch.truncated, 0.0, scores) if ppo.mask_no_eos_with_zero else scores
-
-    def spread(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(T,): each answer's score at its last loss token, carried back by discount and lambda with no critic (V = 0)."""
-        total = torch.zeros(len(batch.loss_mask) + 1, dtype=torch.int64)
-        torch.cumsum(batch.loss_mask, 0, out=total[1:])
-        cu_seqlens = total[batch.cu_seqlens.long()]
-        answered = cu_seqlens.diff() > 0
-        rewards = torch.zeros(int(cu_seqlens[-1]))
-        rewards[cu_seqlens[1:][answered] - 1] = scores.float()[answered]
-        values = rewards.new_zeros(len(rewards) + batch.n_seqs)
-        ended = torch.zeros(batch.n_seqs, dtype=torch.bool)
-        spread, _ = gae(rewards, values, cu_seqlens, ended, discount=self.ppo.discount, gae_lambda=self.ppo.gae_lambda)
-        return torch.zeros(len(batch.loss_mask)).masked_scatter_(batch.loss_mask, spread)
-
-    def normalize_over_batch(self, values: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
-        """(T,) `values` to mean 0 and spread 1 over the masked tokens of all ranks, biased, in float64. A collective."""
-        chosen = values[mask].double()
-        count, total = self.ranks.sum(torch.stack([mask.sum().double(), chosen.sum()]), self.device).tolist()
-        mean = total / max(count, 1.0)
-        variance = float(self.ranks.sum((chosen - mean).square().sum(), self.device)) / max(count, 1.0)
-        return ((values.double() - mean) / (math.sqrt(variance) + eps)).float()
+        self.critic_path, self.ref_path = critic_path or path, ref_path or path
+        self.critic_max_tokens_per_mb = critic_max_tokens_per_mb or max_tokens_per_mb
+        self.ref_max_tokens_per_mb = ref_max_tokens_per_mb or max_tokens_per_mb
+        self.critic: Any = None
+        self.reference: Reference | None = None
+        self._saved_reference: dict[str, Tensor] | None = None
+        self.remember(path=path, ppo=ppo, logprob_diff_limit=logprob_diff_limit, **actor, **beside)
 
     # -- LightningModule
 
@@ -163,12 +120,30 @@ class AsyncPPOModule(LanguageModule):
 
         return [WeightPublisher()]
 
+    def configure_model(self) -> None:
+        """Loads the actor, and the critic where there is one. Idempotent."""
+        super().configure_model()
+        if self.critic is None and not self.ppo.disable_value:
+            model = ValueModel(self.critic_path, self.dtype_of_weights, gradient_checkpointing=self.gradient_checkpointing)
+            self.critic = Critic(model, value_norm=self.ppo.value_norm, value_eps_clip=self.ppo.value_eps_clip)
+
+    def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
+        """The actor, and the critic where there is one."""
+        return super().trained() + ([] if self.critic is None else [(self.critic, self.critic_optimizer_config)])
+
     def check_data(self, data: Any, world_size: int) -> None:
         """Refuses data that these options cannot train on; see `data_check.check_data`."""
-        check_data(data, self.ppo, self.max_tokens_per_mb, world_size)
+        limits = {"max_tokens_per_mb": self.max_tokens_per_mb}
+        if self.ppo.recompute_max_tokens_per_mb is not None:
+            limits["ppo.recompute_max_tokens_per_mb"] = self.ppo.recompute_max_tokens_per_mb
+        if not self.ppo.disable_value:
+            limits["critic_max_tokens_per_mb"] = self.critic_max_tokens_per_mb
+        if self.ppo.kl_ctl:
+            limits["ref_max_tokens_per_mb"] = self.ref_max_tokens_per_mb
+        check_data(data, self.ppo, limits, world_size)
 
     def on_fit_start(self) -> None:
-        """Checks the data and takes the sampling temperature from it.
+        """Checks the data, takes from it how answers are sampled, and loads the reference where there is one.
 
         Raises:
             ValueError: names both options that do not go together.
@@ -179,6 +154,26 @@ class AsyncPPOModule(LanguageModule):
         generation = getattr(data, "generation", None)
         if generation is not None:
             self.temperature = 1.0 if generation.greedy else generation.temperature
+            self.max_new_tokens = generation.max_new_tokens
+        if self.ppo.kl_ctl and self.reference is None:
+            self.reference = load_reference(self)
+        if self.reference is not None and self._saved_reference is not None:
+            self.reference.load_state_dict(self._saved_reference)
+        self._saved_reference = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What moves with training beside the weights: the penalty's weight, and a reference that follows the actor."""
+        if self.ppo.use_adaptive_kl_ctl:
+            checkpoint["kl_ctl"] = self.kl_ctl
+        if self.ppo.ref_ema_eta is not None and self.reference is not None:
+            checkpoint["reference"] = self.reference.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with them."""
+        if self.ppo.use_adaptive_kl_ctl:
+            self.kl_ctl = checkpoint.get("kl_ctl", self.kl_ctl)
+        if self.ppo.ref_ema_eta is not None:
+            self._saved_reference = checkpoint.get("reference")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout batch: `n_minibatches` updates, one counted step."""
@@ -187,14 +182,20 @@ class AsyncPPOModule(LanguageModule):
             too_long = torch.repeat_interleave(batch.truncated, batch.cu_seqlens.diff().long())
             batch = replace(batch, loss_mask=batch.loss_mask & ~too_long)
         statistics, rate, started = StepStatistics(), self.learning_rate, time.perf_counter()
-        advantages, minibatches = self.compute_advantages(batch), self.minibatches(batch)
+        scored = self._ask_others(batch)
+        advantages, minibatches = self.compute_advantages(scored), self.minibatches(batch)
+        targets = self._value_targets(scored, statistics)
         policy = self._score_before_updates(batch, advantages, minibatches)
-        scored = time.perf_counter()
+        prepared = time.perf_counter()
         with self.one_counted_step():
             for number, sequences in enumerate(minibatches):
                 self._train_minibatch(policy, sequences, statistics, is_first=number == 0)
-        times = {"time/recompute": scored - started, "time/update": time.perf_counter() - scored}
-        self._report(policy, statistics, {**times, "lr": rate})
+                if targets is not None:
+                    self._train_critic(policy, targets, sequences, statistics)
+        if self.reference is not None and self.ppo.ref_ema_eta is not None:
+            self.reference.follow(merged_weights(self.model), self.ppo.ref_ema_eta)
+        times = {"time/recompute": prepared - started, "time/update": time.perf_counter() - prepared}
+        self._report(scored, policy, statistics, {**times, "lr": rate})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs mean reward, share of right answers and of prompts with at least one, over all ranks. A collective."""
@@ -207,60 +208,91 @@ class AsyncPPOModule(LanguageModule):
         self.log_dict({f"val_{name}": value for name, value in results.items()}, batch_size=1, sync_dist=True)
 
     def minibatches(self, batch: Batch) -> list[list[int]]:
-        """This rank's sequences dealt to `n_minibatches` equal parts; a function of the seed and the global step.
-
-        Groups are shuffled and cut by the count of sequences, so that answers to one prompt mostly stay together.
-        """
-        n_minibatches = self.ppo.n_minibatches
-        if batch.n_seqs % n_minibatches:
-            raise ValueError(f"{batch.n_seqs} answers on a rank cannot be cut into ppo.n_minibatches={n_minibatches} equal parts")
-        groups: dict[int, list[int]] = {}
-        for sequence, group in enumerate(batch.group_ids.tolist()):
-            groups.setdefault(group, []).append(sequence)
-        members = list(groups.values())
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
-        order = torch.randperm(len(members), generator=generator).tolist() if n_minibatches > 1 else range(len(members))
-        shuffled = [sequence for group in order for sequence in members[group]]
-        size = batch.n_seqs // n_minibatches
-        return [shuffled[start : start + size] for start in range(0, batch.n_seqs, size)]
+        """This rank's sequences dealt to `n_minibatches` equal parts; a function of the seed and the global step."""
+        seed = self.seed * 1_000_003 + self.trainer.global_step
+        return deal_minibatches(batch.group_ids.tolist(), self.ppo.n_minibatches, seed=seed)
 
     # -- inside
 
+    def _ask_others(self, batch: Batch) -> ScoredBatch:
+        """What reference and critic say before anything is updated."""
+        ref_logprobs, values, last_values = None, None, None
+        if (reference := self.reference) is not None:
+            everything, limit = range(batch.n_seqs), self.ref_max_tokens_per_mb
+            ref_logprobs = self.by_token(batch, everything, lambda micro: reference.score(micro, self.temperature), limit)
+        if self.critic is not None:
+            longer, tokens, ends = with_end_tokens(batch)
+            # one token of each sequence is not run, so that a limit of one more is never passed
+            output = self.by_token(longer, range(batch.n_seqs), self.critic, self.critic_max_tokens_per_mb + 1)
+            said = self.critic.values(output)
+            values, last_values = said[tokens], torch.where(ends >= 0, said[ends], 0.0)
+        return ScoredBatch.of(batch, ref_logprobs=ref_logprobs, values=values, last_values=last_values)
+
+    def _value_targets(self, batch: ScoredBatch, statistics: StepStatistics) -> ValueTargets | None:
+        if self.critic is None or batch.values is None:
+            return None
+        returns = self.compute_returns(batch)
+        add_value_statistics(statistics, batch.values[batch.loss_mask], returns[batch.loss_mask])
+        return self.critic.targets(batch.values, returns, batch.loss_mask, self.ranks)
+
     def _score_before_updates(self, batch: Batch, advantages: Tensor, minibatches: Sequence[Sequence[int]]) -> PolicyBatch:
-        """pi_prox of all minibatches but the first, which runs under these weights anyway and then adds its own."""
-        later = [sequence for sequences in minibatches[1:] for sequence in sequences]
-        recompute = self.ppo.recompute_logprob
-        prox = self.batch_logprobs(batch, later if recompute else [], self.ppo.recompute_max_tokens_per_mb)
-        return PolicyBatch(batch, advantages, prox, recompute)
+        """pi_prox of all minibatches but the first, which runs under these weights anyway and then adds its own.
+
+        Of the first as well where tokens are chosen by it before the loss.
+        """
+        ppo, is_m2po = self.ppo, self.ppo.correction == "m2po"
+        wanted = [sequence for sequences in minibatches[0 if is_m2po else 1 :] for sequence in sequences]
+        prox = self.batch_logprobs(batch, wanted if ppo.recompute_logprob else [], ppo.recompute_max_tokens_per_mb)
+        keep = torch.zeros_like(batch.loss_mask) if is_m2po else None
+        return PolicyBatch(batch, advantages, prox, ppo.recompute_logprob, keep)
 
     def _train_minibatch(
         self, policy: PolicyBatch, sequences: Sequence[int], statistics: StepStatistics, *, is_first: bool
     ) -> None:
-        n_tokens = torch.tensor(policy.n_loss_tokens(sequences), dtype=torch.float64)
-        normalizer = max(1.0, float(self.ranks.sum(n_tokens, self.device)))
-        ratio = torch.zeros(2, dtype=torch.float64)
+        counts = self.ranks.sum(policy.counts(sequences), self.device)
+        normalizer, ratio = self.loss_normalizer(counts), torch.zeros(2, dtype=torch.float64)
+        if policy.keep is not None:
+            select_m2(policy, sequences, self.ranks, threshold=self.ppo.m2_threshold)
 
         def micro_loss(micro: MicroBatch) -> Tensor:
             logprobs, entropy = self.score(micro, with_entropy=True)
             assert entropy is not None
             if micro.is_empty:
                 return logprobs.sum() * 0.0
-            if is_first:
+            if is_first and policy.keep is None:
                 policy.learn_prox(micro, logprobs)
             loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer))
-            self._add_loss_statistics(statistics, loss, {**by_token, "entropy": entropy})
+            self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})
             if "importance_weight" in by_token:
                 ratio.add_(torch.tensor([float(by_token["importance_weight"].double().sum()), float(len(entropy))]))
             return loss
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.max_tokens_per_mb)
         norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratio))
-        self._count_update(norm, statistics)
+        self._count_update("grad_norm", norm, statistics)
 
-    def _add_loss_statistics(self, statistics: StepStatistics, loss: Tensor, by_token: Mapping[str, Tensor]) -> None:
-        statistics.add_sum("actor_loss", loss / self.ppo.n_minibatches)
-        for name, values in by_token.items():
-            statistics.add_values(name, values)
+    def _train_critic(
+        self, policy: PolicyBatch, targets: ValueTargets, sequences: Sequence[int], statistics: StepStatistics
+    ) -> None:
+        n_tokens = max(1.0, float(self.ranks.sum(policy.counts(sequences), self.device)[0]))
+
+        def micro_loss(micro: MicroBatch) -> Tensor:
+            output = self.critic(micro)
+            if micro.is_empty:
+                return output.sum() * 0.0
+            loss, by_token = self.critic.loss(output, micro, targets, n_tokens)
+            self._add_loss_statistics(statistics, "value_loss", loss, by_token)
+            return loss
+
+        micro_batches = self.micro_batches(policy.batch, sequences, self.critic_max_tokens_per_mb)
+        self._count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
+
+    def _add_loss_statistics(
+        self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]
+    ) -> None:
+        statistics.add_sum(name, loss / self.ppo.n_minibatches)
+        for statistic, values in by_token.items():
+            statistics.add_values(statistic, values)
 
     def _admits(self, ratio: Tensor) -> bool:
         """Whether the mean importance ratio, from its (sum, count) on this rank, is small enough to update on."""
@@ -268,21 +300,26 @@ class AsyncPPOModule(LanguageModule):
         limit = self.ppo.early_stop_imp_ratio
         return limit is None or total <= limit * count
 
-    def _count_update(self, norm: float | None, statistics: StepStatistics) -> None:
+    def _count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
         is_finite = norm is not None and math.isfinite(norm)
         first_rank = self.global_rank == 0  # every rank knows the same: counted once
         statistics.add_sum("skipped_minibatches", float(first_rank and norm is None))
         statistics.add_sum("nonfinite_gradients", float(first_rank and norm is not None and not is_finite))
         if norm is not None and is_finite:
-            statistics.add_mean("grad_norm", norm, 1.0)
+            statistics.add_mean(name, norm, 1.0)
 
-    def _report(self, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
-        batch = policy.batch
-        add_rollout_statistics(statistics, batch, self.scores(batch))
+    def _report(self, batch: ScoredBatch, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
+        add_rollout_statistics(statistics, batch, self.scores(batch), self.penalties(batch))
         add_engine_difference(statistics, batch, policy.prox_logprobs, self.logprob_diff_limit)
         statistics.add_values("advantages", policy.advantages[batch.loss_mask])
+        if (kl := self.kl(batch)) is not None:
+            statistics.add_mean("ref_kl", kl[batch.loss_mask].sum(), policy.counts(range(batch.n_seqs))[1])
         reduced, histograms = statistics.reduce(self.ranks)
         reduced["reward_std"] = math.sqrt(max(0.0, reduced.pop("reward_square") - reduced["task_reward"] ** 2))
+        add_explained_variance(reduced)
+        if "ref_kl" in reduced:
+            reduced["kl_ctl"] = self.kl_ctl
+            self.adapt_kl(reduced["ref_kl"], int(reduced["n_seqs"]))
         self.record(reduced | own, histograms)
         bar = {"reward": reduced["task_reward"], "staleness": reduced["head_offpolicyness"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)

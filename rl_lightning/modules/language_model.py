@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,16 +19,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch, make_micro_batch, pack_micro_batches
-from rl_lightning.models.attention import register_packed_attention
-from rl_lightning.models.linear import accelerate_linears
-from rl_lightning.models.logprobs import token_logprobs
+from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
+from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients
 from rl_lightning.types import Batch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,8 @@ Config = TypeVar("Config")
 MicroLoss = Callable[[MicroBatch], Tensor]
 """Scalar share of a micro-batch in the loss of its minibatch; the shares of all micro-batches on all ranks add up."""
 
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+Scorer = Callable[[MicroBatch], Tensor]
+"""(M,) numbers, one for each target of a micro-batch."""
 
 
 class LanguageModule(LightningModule):
@@ -49,7 +49,8 @@ class LanguageModule(LightningModule):
         dtype: type of the weights under training; engines get them in their own.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
-        seed: of the order in which sequences are dealt to minibatches.
+        seed: of the order in which sequences are dealt to minibatches, and of new adapters.
+        lora: train adapters instead of the model's own weights; None: train all weights.
 
     Attributes:
         model: the Hugging Face model, there after `configure_model`.
@@ -66,6 +67,7 @@ class LanguageModule(LightningModule):
         gradient_checkpointing: bool = False,
         share_prompts: bool | None = None,
         seed: int = 1,
+        lora: LoRAConfig | None = None,
     ) -> None:
         super().__init__()
         if max_tokens_per_mb < 2:
@@ -75,6 +77,7 @@ class LanguageModule(LightningModule):
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.max_tokens_per_mb, self.gradient_checkpointing = max_tokens_per_mb, gradient_checkpointing
         self.share_prompts = share_prompts
+        self.lora = None if lora is None else as_config(LoRAConfig, lora)
         self.ranks = DataParallel()
         self.temperature = 1.0
         self.model: Any = None
@@ -96,24 +99,24 @@ class LanguageModule(LightningModule):
         """
         if self.model is not None:
             return
-        from transformers import AutoModelForCausalLM
+        model, _ = load_packed(self.path, self.dtype_of_weights)
+        if self.lora is not None:
+            inject_lora(model, self.lora, seed=self.seed)
+        self.model = prepare_training(model, gradient_checkpointing=self.gradient_checkpointing)
 
-        attention = register_packed_attention()
-        dtype = getattr(torch, self.dtype_name)
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, attn_implementation=attention)
-        check_supported(model)
-        turn_off_dropout(model)
-        accelerate_linears(model)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = model.train()
+    def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
+        """What is trained, each with its own optimiser; the language model comes first."""
+        return [(self.model, self.optimizer_config)]
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped by `training_step`."""
-        optimizer = self.optimizer_config.make_optimizer(self.model)
+        """AdamW and its schedule for everything that is trained, stepped by `training_step`."""
         total = self.trainer.estimated_stepping_batches
-        scheduler = self.optimizer_config.make_scheduler(optimizer, total if total > 0 else math.inf)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        configured = []
+        for model, config in self.trained():
+            optimizer = config.make_optimizer(model)
+            scheduler = config.make_scheduler(optimizer, total if total > 0 else math.inf)
+            configured.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}})
+        return configured
 
     def on_fit_start(self) -> None:
         """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
@@ -121,6 +124,11 @@ class LanguageModule(LightningModule):
             raise ValueError(f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        """Type of the weights under training."""
+        return getattr(torch, self.dtype_name)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,36 +141,24 @@ class LanguageModule(LightningModule):
 
     def score(self, micro: MicroBatch, *, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """(M,) log-probabilities of the targets of `micro` at the sampling temperature, and the (M,) entropy if wanted."""
-        output = self.model.base_model(
-            input_ids=micro.token_ids.unsqueeze(0),
-            position_ids=micro.layout.positions.unsqueeze(0),
-            layout=micro.layout,
-            use_cache=False,
-        )
-        hidden = output.last_hidden_state.squeeze(0).index_select(0, micro.predictors)
-        head = self.model.get_output_embeddings()
-        return token_logprobs(
-            hidden,
-            head.weight,
-            micro.targets,
-            rows=micro.rows,
-            bias=head.bias,
-            temperature=self.temperature,
-            with_entropy=with_entropy,
-        )
+        return score_targets(self.model, micro, temperature=self.temperature, with_entropy=with_entropy)
 
-    @torch.no_grad()
     def batch_logprobs(self, batch: Batch, sequences: Sequence[int], max_tokens: int | None = None) -> Tensor:
         """(T,) float64 log-probabilities under the present weights, NaN at tokens that are not in the loss or not in `sequences`.
 
         A collective: all ranks call it with their own sequences.
         """
-        logprobs = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
+        return self.by_token(batch, sequences, lambda micro: self.score(micro)[0], max_tokens)
+
+    @torch.no_grad()
+    def by_token(self, batch: Batch, sequences: Sequence[int], scorer: Scorer, max_tokens: int | None = None) -> Tensor:
+        """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective."""
+        values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
         for micro in self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb):
-            scored, _ = self.score(micro)
+            scored = scorer(micro)
             if not micro.is_empty:
-                logprobs[micro.sources] = scored.double().cpu()
-        return logprobs
+                values[micro.sources] = scored.double().cpu()
+        return values
 
     def micro_batches(self, batch: Batch, sequences: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
         """`sequences` of `batch` packed; equally many micro-batches on every rank, those without work get stand-ins."""
@@ -180,7 +176,12 @@ class LanguageModule(LightningModule):
     # -- updating
 
     def update(
-        self, micro_batches: Iterator[MicroBatch], loss: MicroLoss, admit: Callable[[], bool] | None = None
+        self,
+        micro_batches: Iterator[MicroBatch],
+        loss: MicroLoss,
+        admit: Callable[[], bool] | None = None,
+        *,
+        of: int = 0,
     ) -> float | None:
         """One optimiser update from the sum of `loss` over all micro-batches of all ranks. A collective.
 
@@ -188,17 +189,18 @@ class LanguageModule(LightningModule):
             micro_batches: the minibatch, as many on every rank.
             loss: see `MicroLoss`.
             admit: asked after the backward passes, with the same answer on every rank; false leaves the weights alone.
+            of: which of `trained` is updated.
 
         Returns:
             The gradient's norm before clipping; None if nothing was updated because there was nothing to learn from or
             `admit` refused. Weights stay as they are as well where the norm is not finite.
         """
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
+        (model, config), optimizer = self.trained()[of], self._optimizers()[of]
         optimizer.zero_grad()
         if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
             return None
-        norm = clip_gradients(self.model.parameters(), self.optimizer_config.gradient_clipping)
+        self.ranks.sum_gradients(model.parameters())
+        norm = clip_gradients(model.parameters(), config.gradient_clipping)
         if math.isfinite(norm):
             optimizer.step()
         else:
@@ -206,37 +208,37 @@ class LanguageModule(LightningModule):
         return norm
 
     def _accumulate(self, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
-        """Backward passes over all micro-batches, gradients shared in the last; whether there was any."""
-        micro = next(micro_batches, None)
-        is_any = micro is not None
-        while micro is not None:
-            following = next(micro_batches, None)
-            with self._gradient_sync(following is None):
-                # ranks' gradients are averaged by the strategy, ours add up
-                self.manual_backward(loss(micro) * self.ranks.size)
-            micro = following
+        """Backward passes over all micro-batches, gradients left on their rank; whether there was any."""
+        is_any = False
+        # DDP would share gradients in every backward pass, and wait for those of models that took no part in it
+        with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
+            for micro in micro_batches:
+                self.manual_backward(loss(micro))
+                is_any = True
         return is_any
 
-    def _gradient_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if wanted or block is None else block()
+    def _optimizers(self) -> list[LightningOptimizer]:
+        optimizers: Any = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
 
     @contextmanager
     def one_counted_step(self) -> Iterator[None]:
         """Whatever updates happen inside, or none at all, the Trainer counts one global step: the version of the weights."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        before, after = optimizer._on_before_step, optimizer._on_after_step
-        optimizer._on_before_step = optimizer._on_after_step = lambda: None
+        hooks = [(optimizer, optimizer._on_before_step, optimizer._on_after_step) for optimizer in self._optimizers()]
+        for optimizer, _, _ in hooks:
+            optimizer._on_before_step = optimizer._on_after_step = lambda: None
         try:
             yield
         finally:
-            optimizer._on_before_step, optimizer._on_after_step = before, after
-        before()
-        after()
-        scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
+            for optimizer, before, after in hooks:
+                optimizer._on_before_step, optimizer._on_after_step = before, after
+        _, count_start, count_end = hooks[0]
+        count_start()
+        count_end()
+        schedulers: Any = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler is not None:
+                scheduler.step()
 
     def record(self, statistics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
         """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks."""
@@ -247,31 +249,9 @@ class LanguageModule(LightningModule):
     @property
     def learning_rate(self) -> float:
         """The rate of this step's updates."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        return float(optimizer.param_groups[0]["lr"])
+        return float(self._optimizers()[0].param_groups[0]["lr"])
 
 
 def as_config(kind: type[Config], value: Any) -> Config:
     """`value` as a configuration of `kind`: hyper-parameters come back from checkpoints as plain dictionaries."""
     return kind(**value) if isinstance(value, Mapping) else value
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuses models whose forward pass `LanguageModule.score` would not reproduce."""
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use transformers' attention interface, so it cannot be trained without padding")
-    transforms = [key for key in LOGIT_TRANSFORMS if getattr(model.config, key, None) not in (None, 1.0)]
-    if transforms:
-        raise ValueError(f"{name} transforms its logits ({', '.join(transforms)}), which packed scoring does not do")
-
-
-def turn_off_dropout(model: torch.nn.Module) -> None:
-    """Log-probabilities of the trainer must be those of the engine, which drops nothing."""
-    layer: Any
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-        if hasattr(layer, "attention_dropout"):
-            layer.attention_dropout = 0.0

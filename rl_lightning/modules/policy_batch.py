@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.modules.scored_batch import loss_cu_seqlens
 from rl_lightning.types import Batch
 
 
@@ -24,7 +25,10 @@ class LossTokens:
         entropy: (M,) in nats, without gradient.
         versions: (M,) int32, of the weights that sampled each token.
         cu_seqlens: (S + 1,) int64, where the tokens of each answer start.
-        normalizer: loss tokens of the whole minibatch, all ranks and micro-batches; divide sums by it.
+        normalizer: of the whole minibatch, all ranks and micro-batches: its loss tokens, or what the aggregation counts instead;
+            divide sums by it.
+        version: of the weights before this batch's updates.
+        keep: (M,) bool, tokens that the correction m2po lets into the loss; None with any other.
     """
 
     behav_logprobs: Tensor
@@ -35,6 +39,8 @@ class LossTokens:
     versions: Tensor
     cu_seqlens: Tensor
     normalizer: float
+    version: int = 0
+    keep: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +52,25 @@ class PolicyBatch:
         advantages: (T,) float32.
         prox_logprobs: (T,) float64 under the weights before this batch's updates, NaN where they are not known (yet).
         recomputed: whether the loss may use `prox_logprobs`.
+        keep: (T,) bool, tokens that m2po lets into the loss, filled in minibatch by minibatch; None with other corrections.
     """
 
     batch: Batch
     advantages: Tensor
     prox_logprobs: Tensor
     recomputed: bool
+    keep: Tensor | None = None
 
-    def n_loss_tokens(self, sequences: Sequence[int]) -> int:
-        """Tokens of `sequences` that are in the loss."""
+    def loss_tokens(self, sequences: Sequence[int]) -> Tensor:
+        """(T,) bool: tokens of `sequences` that are in the loss."""
         chosen = torch.zeros(self.batch.n_seqs, dtype=torch.bool)
         chosen[list(sequences)] = True
-        of_chosen = torch.repeat_interleave(chosen, self.batch.cu_seqlens.diff().long())
-        return int((self.batch.loss_mask & of_chosen).sum())
+        return self.batch.loss_mask & torch.repeat_interleave(chosen, self.batch.cu_seqlens.diff().long())
+
+    def counts(self, sequences: Sequence[int]) -> Tensor:
+        """(2,) float64: the loss tokens of `sequences`, and how many of them have any."""
+        lengths = loss_cu_seqlens(self.batch).diff()[list(sequences)]
+        return torch.stack([lengths.sum(), (lengths > 0).sum()]).double()
 
     def learn_prox(self, micro: MicroBatch, logprobs: Tensor) -> None:
         """Keeps what the first minibatch's forward pass tells: it runs under the weights before the updates."""
@@ -76,4 +88,6 @@ class PolicyBatch:
             versions=self.batch.versions[micro.sources].to(like.device),
             cu_seqlens=micro.cu_seqlens.to(like.device),
             normalizer=normalizer,
+            version=self.batch.version,
+            keep=None if self.keep is None else self.keep[micro.sources].to(like.device),
         )

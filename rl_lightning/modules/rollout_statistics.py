@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rl_lightning.modules.credit import token_rewards
 from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
 
 
-def add_rollout_statistics(statistics: StepStatistics, batch: Batch, scores: Tensor) -> None:
-    """Rewards, lengths, staleness and failures of `batch`; `scores` (S,) are its scaled rewards."""
+def add_rollout_statistics(statistics: StepStatistics, batch: Batch, scores: Tensor, penalties: Tensor | None = None) -> None:
+    """Rewards, lengths, staleness and failures of `batch`.
+
+    Args:
+        statistics: gets them.
+        batch: on the CPU.
+        scores: (S,) its scaled rewards.
+        penalties: (T,) what each token costs for leaving the reference.
+    """
     _add_rewards(statistics, batch, scores)
+    _add_token_rewards(statistics, batch, scores, penalties)
     _add_lengths(statistics, batch)
     _add_staleness(statistics, batch)
     _add_groups(statistics, batch)
@@ -40,14 +49,20 @@ def _add_rewards(statistics: StepStatistics, batch: Batch, scores: Tensor) -> No
     statistics.add_values("task_reward", rewards)
     statistics.distributions["reward"] = rewards
     statistics.add_values("scaled_reward", scores)
-    statistics.add_values("final_reward", scores)
-    statistics.add_values("kl_reward", torch.zeros_like(scores))
     statistics.add_values("success_rate", (rewards > 0).float())
     statistics.add_values("reward_square", rewards.double().square())
     tasks = [group.prompt.task for group in batch.groups for _ in group.rollouts]
     for task in sorted(set(tasks)):
         chosen = torch.tensor([name == task for name in tasks])
         statistics.add_values(f"{task}_reward", rewards[chosen])
+
+
+def _add_token_rewards(statistics: StepStatistics, batch: Batch, scores: Tensor, penalties: Tensor | None) -> None:
+    """Means over loss tokens: what KL gives and takes, and that together with the scores."""
+    rewards = token_rewards(scores, batch, penalties)[batch.loss_mask]
+    kl_rewards = torch.zeros_like(rewards) if penalties is None else -penalties.double()[batch.loss_mask]
+    statistics.add_values("kl_reward", kl_rewards)
+    statistics.add_values("final_reward", rewards)
 
 
 def _add_lengths(statistics: StepStatistics, batch: Batch) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.lora import LoRAConfig
 from rl_lightning.modules.language_model import LanguageModule
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.statistics import StepStatistics
@@ -24,6 +25,7 @@ class SFTModule(LanguageModule):
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        lora: train adapters instead of the model's own weights; None: train all weights.
     """
 
     def __init__(
@@ -33,14 +35,16 @@ class SFTModule(LanguageModule):
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         gradient_checkpointing: bool = False,
+        lora: LoRAConfig | None = None,
     ) -> None:
-        super().__init__(path, optimizer, max_tokens_per_mb, dtype, gradient_checkpointing, share_prompts=False)
+        super().__init__(path, optimizer, max_tokens_per_mb, dtype, gradient_checkpointing, share_prompts=False, lora=lora)
         self.remember(
             path=path,
             optimizer=self.optimizer_config,
             max_tokens_per_mb=max_tokens_per_mb,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            lora=self.lora,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

@@ -80,12 +80,14 @@ class GroupRecord:
         n_answer_tokens: generated tokens.
         success_rate: share of answers with a positive reward.
         failures: reward failures by kind.
+        passes_filter: what the user's `group_filter` says of it.
     """
 
     n_tokens: int
     n_answer_tokens: int
     success_rate: float
     failures: Mapping[str, int] = field(default_factory=dict)
+    passes_filter: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,10 @@ class Share:
 
 class RolloutError(RuntimeError):
     """The rollout side cannot go on; the message says why and what to change."""
+
+
+class GroupFilterError(ValueError):
+    """The user's `group_filter` raised; the message names it and the group."""
 
 
 class RolloutController:
@@ -135,7 +141,7 @@ class RolloutController:
         self._published = False
         self._counts: Counter[str] = Counter()
         self._rejected_in_a_row = 0
-        self._fatal: str | None = None
+        self._fatal: Exception | None = None
         self._changed = asyncio.Condition()
 
     # -- workers
@@ -177,9 +183,9 @@ class RolloutController:
             self._evaluations.finish(lease.submission, content)
         elif not self._ledger.holds(worker, lease.index, lease.submission):
             return False
-        elif not self._settings.success_rate_lb <= record.success_rate <= self._settings.success_rate_ub:
+        elif (reason := self._reason_to_reject(record)) is not None:
             self._ledger.reject(lease.index)
-            self._count_rejection("success rate outside [success_rate_lb, success_rate_ub]")
+            self._count_rejection(reason)
         else:
             self._ledger.finish(lease.index, record.n_tokens, content)
             self._rejected_in_a_row = 0
@@ -200,15 +206,15 @@ class RolloutController:
         self._roster.note_return(worker)
         await self._notify()
 
-    async def fail(self, reason: str) -> None:
-        """A worker cannot go on whatever is tried: every `take` raises with `reason`."""
-        self._fatal = self._fatal or reason
+    async def fail(self, reason: str, kind: type[Exception] = RolloutError) -> None:
+        """A worker cannot go on whatever is tried: every `take` raises `kind` with `reason`."""
+        self._fatal = self._fatal or kind(reason)
         await self._notify()
 
     async def check(self) -> None:
-        """Raises RolloutError if a worker reported that it cannot go on."""
+        """Raises what a worker reported, RolloutError or GroupFilterError, if it cannot go on."""
         if self._fatal is not None:
-            raise RolloutError(self._fatal)
+            raise self._fatal
 
     # -- trainer
 
@@ -227,7 +233,7 @@ class RolloutController:
         """This rank's share of the batch for the step that starts from `version`.
 
         Raises:
-            RolloutError: there will never be one; says why.
+            RolloutError, GroupFilterError: there will never be one; says why.
         """
         deadline = self._clock() + wait_s
         while not self._compose(version, world_size):
@@ -350,12 +356,17 @@ class RolloutController:
         if lost:
             logger.warning("%s lost %d prompt groups in flight; they are answered again first: %s", worker, len(lost), lost)
 
+    def _reason_to_reject(self, record: GroupRecord) -> str | None:
+        if not self._settings.success_rate_lb <= record.success_rate <= self._settings.success_rate_ub:
+            return "success rate outside [success_rate_lb, success_rate_ub]"
+        return None if record.passes_filter else "group_filter returned false"
+
     def _count_rejection(self, reason: str) -> None:
         self._rejected_in_a_row += 1
         if self._rejected_in_a_row >= self._settings.max_rejections:
-            self._fatal = (
+            self._fatal = RolloutError(
                 f"{self._rejected_in_a_row} prompt groups in a row were not trained on, the last one because: {reason}; "
-                f"check the rewards, success_rate_lb={self._settings.success_rate_lb} and "
+                f"check the rewards, group_filter, success_rate_lb={self._settings.success_rate_lb} and "
                 f"success_rate_ub={self._settings.success_rate_ub}, or raise max_rejections"
             )
 

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -19,7 +19,7 @@ from rl_lightning.rollout.controller import ControllerSettings
 from rl_lightning.rollout.loader import EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
-from rl_lightning.types import SamplingParams
+from rl_lightning.types import RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,6 +50,8 @@ class RolloutDataModule(LightningDataModule):
         seed: of the order and of sampling.
         success_rate_lb: groups with a smaller share of successful answers are not trained on.
         success_rate_ub: groups with a larger one are not either.
+        group_filter: a function by import path, `(group) -> bool`: groups for which it is false are not trained on. Called
+            on the worker's event loop, so it should be quick; what it raises ends the run.
         max_rejections: groups not trained on in a row after which the run stops and says why.
         workflow: how a prompt becomes answers; single turn by default.
         weight_transport: how weights reach the engines; `auto` is the engine's preferred way.
@@ -89,6 +91,7 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 1,
         success_rate_lb: float = 0.0,
         success_rate_ub: float = 1.0,
+        group_filter: Callable[[RolloutGroup], bool] | None = None,
         max_rejections: int = 1000,
         workflow: Workflow | None = None,
         weight_transport: Literal["auto", "disk", "object_store", "distributed"] = "auto",
@@ -121,7 +124,7 @@ class RolloutDataModule(LightningDataModule):
         self.num_engines, self.cpus_per_engine, self.gpus_per_engine = num_engines, cpus_per_engine, gpus_per_engine
         self.shuffle, self.seed, self.schedule_policy = shuffle, seed, schedule_policy
         self.success_rates = (success_rate_lb, success_rate_ub)
-        self.max_rejections = max_rejections
+        self.group_filter, self.max_rejections = group_filter, max_rejections
         self.workflow = workflow or SingleTurnWorkflow()
         self.transport_name = choose_transport(self.engine, weight_transport)
         self.sync_timeout_s, self.batch_timeout_s, self.lease_timeout_s = sync_timeout_s, batch_timeout_s, lease_timeout_s
@@ -169,11 +172,7 @@ class RolloutDataModule(LightningDataModule):
             return
         self.check_inputs()
         world_size = self._ranks()[1]
-        if self.batch_size % world_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} prompts cannot be shared by {world_size} trainer ranks (num_workers or devices): "
-                f"make one a multiple of the other"
-            )
+        self._check_shares(world_size)
         module: Any = self._trainer.lightning_module
         if stage == "fit" and hasattr(module, "check_data"):
             module.check_data(self, world_size)
@@ -231,6 +230,18 @@ class RolloutDataModule(LightningDataModule):
 
     # -- inside
 
+    def _check_shares(self, world_size: int) -> None:
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} prompts cannot be shared by {world_size} trainer ranks (num_workers or devices): "
+                f"make one a multiple of the other"
+            )
+        if self.validation_prompts is not None and len(self.validation_prompts) < world_size:
+            raise ValueError(
+                f"validation_prompts holds {len(self.validation_prompts)} prompts, too few for {world_size} trainer ranks "
+                f"(num_workers or devices): give each rank at least one, or set validation_prompts to null"
+            )
+
     def _launch(self) -> RolloutFleet:
         import ray
 
@@ -248,7 +259,7 @@ class RolloutDataModule(LightningDataModule):
         return RolloutFleet.launch(
             settings,
             self._controller_settings(),
-            WorkerSettings("worker", self.model_path, room),
+            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter),
             PromptSource(self.prompts, self.seed, self.shuffle),
             self.validation_prompts,
             self.engine,

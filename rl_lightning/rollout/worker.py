@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.engines.engine import EngineError
-from rl_lightning.rollout.controller import GroupRecord
+from rl_lightning.rollout.controller import GroupFilterError, GroupRecord
 from rl_lightning.types import Lease, RolloutGroup
 from rl_lightning.weights.transport import WeightUpdate
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from rl_lightning.rollout.workflow import Scorer, Workflow
 
 logger = logging.getLogger(__name__)
+
+GroupFilter = Callable[[RolloutGroup], bool]
+"""Whether a group may be trained on."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class WorkerSettings:
         room: most groups in flight here.
         max_engine_restarts: engine failures in a row, without a group finished in between, before the run is stopped.
         heartbeat_s: between signs of life.
+        group_filter: asked about every training group; None lets all pass.
     """
 
     name: str
@@ -55,6 +59,7 @@ class WorkerSettings:
     room: int
     max_engine_restarts: int = 3
     heartbeat_s: float = 1.0
+    group_filter: GroupFilter | None = None
 
 
 class RolloutWorker:
@@ -171,10 +176,15 @@ class RolloutWorker:
         try:
             group = await self._workflow.run(lease, self.engine, self._score, self._decode)
             group = RolloutGroup(group.index, group.prompt, group.rollouts, self.settings.name, time.monotonic() - started_s)
-            await self.controller.put(self.settings.name, lease, self._record(group), self._store(group))
+            record = self._record(group, passes_filter=lease.evaluation or self._passes_filter(group))
+            await self.controller.put(self.settings.name, lease, record, self._store(group))
         except EngineError as error:
             self._engine_failed(error)
             await self.controller.give_back(self.settings.name, lease, str(error), counts=False)
+        except GroupFilterError as error:
+            logger.exception("prompt group %d could not be filtered", lease.index)
+            await self.controller.fail(str(error), GroupFilterError)
+            await self.controller.give_back(self.settings.name, lease, str(error), counts=True)
         except Exception as error:  # a user's workflow may raise anything: the group is counted and tried again
             logger.exception("prompt group %d could not be answered", lease.index)
             await self.controller.give_back(self.settings.name, lease, f"{type(error).__name__}: {error}", counts=True)
@@ -235,14 +245,26 @@ class RolloutWorker:
         """Submissions of training are counted from 0, those of evaluation from 1: keys keep them apart."""
         return -lease.submission if lease.evaluation else lease.submission
 
+    def _passes_filter(self, group: RolloutGroup) -> bool:
+        group_filter = self.settings.group_filter
+        try:
+            return group_filter is None or bool(group_filter(group))
+        except Exception as error:  # a user's predicate may raise anything, and would again
+            name = getattr(group_filter, "__qualname__", type(group_filter).__qualname__)
+            raise GroupFilterError(
+                f"data.group_filter {name} raised {type(error).__name__}: {error} on prompt group {group.index} "
+                f"({group.prompt.query_id}); mend it, or set group_filter to null"
+            ) from error
+
     @staticmethod
-    def _record(group: RolloutGroup) -> GroupRecord:
+    def _record(group: RolloutGroup, *, passes_filter: bool) -> GroupRecord:
         answers = group.rollouts
         return GroupRecord(
             n_tokens=group.n_tokens,
             n_answer_tokens=sum(len(r.completion) for r in answers),
             success_rate=sum(r.reward > 0 for r in answers) / len(answers),
             failures=Counter(r.reward_failure for r in answers if r.reward_failure),
+            passes_filter=passes_filter,
         )
 
 

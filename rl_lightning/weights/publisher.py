@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.models.lora import merged_weights
 
 if TYPE_CHECKING:
     import torch
@@ -151,8 +152,8 @@ def reason(error: Exception) -> str:
 
 
 def named_weights(pl_module: Any) -> Iterable[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of every weight, shared ones once."""
-    return ((name, parameter.detach()) for name, parameter in pl_module.model.named_parameters())
+    """(Hugging Face name, tensor) of every weight that generates, shared ones once, adapters merged."""
+    return merged_weights(pl_module.model)
 
 
 def make_transport(name: str) -> WeightTransport:

@@ -1,4 +1,4 @@
-"""The objective against golden values and slow float64 loops."""
+"""GAE and normalisation against golden values and slow float64 loops."""
 
 from __future__ import annotations
 
@@ -13,98 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl_lightning.objectives.advantages import gae, normalize, scale_rewards
-from rl_lightning.objectives.policy import ppo_loss
-
-N = torch.tensor([-1, -0.5, -2, -0.1, -3])
-O = torch.tensor([-1.2, -1, -1, -0.3, -1])  # noqa: E741
-P = torch.tensor([-1.1, -0.6, -1.5, -0.4, -2])
-A = torch.tensor([1, -1, 0.5, 2, -1.5])
-M = torch.tensor([True, True, True, True, False])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, -0.533805),
-        ({"c_clip": 1.5}, -0.570985),
-        ({"prox_logprobs": P}, -0.482058),
-        ({"prox_logprobs": P, "behav_imp_weight_cap": 1.2}, -0.894238),
-    ],
-)
-def test_golden_losses(options: dict[str, Any], expected: float) -> None:
-    loss, _ = ppo_loss(N, O, A, M, **options)
-    assert float(loss) == pytest.approx(expected, abs=2e-6)
-
-
-def test_golden_statistics() -> None:
-    _, stats = ppo_loss(N, O, A, M, prox_logprobs=P)
-    torch.testing.assert_close(stats["importance_weight"], torch.tensor([1.105171, 1.105171, 0.606531, 1.349859, 0]))
-    torch.testing.assert_close(stats["behave_imp_weight"], torch.tensor([1.105171, 1.491825, 0.606531, 0.904837, 0]))
-    assert stats["actor_clip_ratio"].tolist() == [0, 0, 0, 1, 0]
-    assert not any(value.requires_grad for value in stats.values())
-
-
-def naive_ppo(n: list[float], o: list[float], p: list[float] | None, a: list[float], m: list[bool], **options: Any) -> float:
-    """The formula, token by token."""
-    eps, high, c, cap = options["eps_clip"], options["eps_clip_high"], options["c_clip"], options["behav_imp_weight_cap"]
-    total = 0.0
-    for t in range(len(n)):
-        if not m[t]:
-            continue
-        r = math.exp(n[t] - (p or o)[t])
-        loss = max(-a[t] * r, -a[t] * min(max(r, 1 - eps), 1 + (high or eps)))
-        loss = min(loss, c * abs(a[t])) if c else loss
-        if p:
-            w = math.exp(p[t] - o[t])
-            loss *= 0.0 if cap and w > cap else w
-        total += loss
-    return total / max(1, sum(m))
-
-
-floats = st.floats(-4, 0, allow_nan=False)
-
-
-@given(
-    st.lists(st.tuples(floats, floats, floats, st.floats(-3, 3), st.booleans()), min_size=1, max_size=12),
-    st.booleans(),
-    st.sampled_from([None, 0.4]),
-    st.sampled_from([None, 1.5, 3.0]),
-    st.sampled_from([None, 1.2]),
-)
-@settings(max_examples=200, deadline=None)
-def test_loss_equals_a_slow_loop(
-    rows: list[tuple[float, float, float, float, bool]], decoupled: bool, high: float | None, c: float | None, cap: float | None
-) -> None:
-    n, o, p, a = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in range(4))
-    m = torch.tensor([row[4] for row in rows])
-    options = {"eps_clip": 0.2, "eps_clip_high": high, "c_clip": c, "behav_imp_weight_cap": cap if decoupled else None}
-    loss, _ = ppo_loss(n, o, a, m, prox_logprobs=p if decoupled else None, **options)  # type: ignore[arg-type]
-    expected = naive_ppo(n.tolist(), o.tolist(), p.tolist() if decoupled else None, a.tolist(), m.tolist(), **options)
-    assert float(loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-def test_parts_of_a_minibatch_add_up() -> None:
-    whole, _ = ppo_loss(N, O, A, M, prox_logprobs=P)
-    parts = [ppo_loss(N[s], O[s], A[s], M[s], prox_logprobs=P[s], normalizer=4)[0] for s in (slice(0, 2), slice(2, 5))]
-    assert float(sum(parts)) == pytest.approx(float(whole))
-
-
-def test_gradient_is_the_derivative_and_only_of_the_present_policy() -> None:
-    n = N.double().requires_grad_()
-    p = P.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ppo_loss(x, O.double(), A.double(), M, prox_logprobs=P.double())[0], (n,))
-    ppo_loss(n, O.double(), A.double(), M, prox_logprobs=p, c_clip=1.5)[0].backward()
-    assert p.grad is None and n.grad is not None and float(n.grad[4]) == 0
-
-
-def test_masked_tokens_may_hold_anything() -> None:
-    n, o, a = N.clone(), O.clone(), A.clone()
-    n[4], o[4], a[4] = torch.nan, -torch.inf, torch.inf
-    n.requires_grad_()
-    loss, stats = ppo_loss(n, o, a, M, prox_logprobs=o)
-    loss.backward()
-    assert bool(torch.isfinite(n.grad).all()) and all(bool(torch.isfinite(v).all()) for v in stats.values())  # type: ignore[arg-type]
-
 
 REWARDS, VALUES = torch.tensor([0.0, 0, 1, 0, -1]), torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1, 0.6, 0.7])
 STARTS = torch.tensor([0, 3, 5], dtype=torch.int32)

@@ -1,0 +1,100 @@
+"""load_packed: a model of transformers that runs flat micro-batches instead of padded rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.attention import register_packed_attention
+from rl_lightning.models.linear import accelerate_linears
+from rl_lightning.models.logprobs import token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def load_packed(path: str, dtype: torch.dtype, auto_class: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model in `path` with packed attention and no dropout.
+
+    Args:
+        path: folder or hub name.
+        dtype: of its weights.
+        auto_class: the head, as a class of transformers; a causal language model's by default.
+        **options: of its configuration.
+
+    Returns:
+        The model, and what `from_pretrained` tells about loading it (`missing_keys`, ...).
+
+    Raises:
+        ValueError: its attention or output layer cannot be run packed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind: Any = auto_class or AutoModelForCausalLM
+    attention = register_packed_attention()
+    model, loading = kind.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+    )
+    check_supported(model)
+    turn_off_dropout(model)
+    accelerate_linears(model)
+    return model, loading
+
+
+def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
+    """The model in training mode; where wanted it computes activations again in the backward pass instead of keeping them."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def hidden_states(model: Any, micro: MicroBatch) -> Tensor:
+    """(R, D) last hidden states of the tokens of `micro` that predict a target."""
+    output = model.base_model(
+        input_ids=micro.token_ids.unsqueeze(0),
+        position_ids=micro.layout.positions.unsqueeze(0),
+        layout=micro.layout,
+        use_cache=False,
+    )
+    return output.last_hidden_state.squeeze(0).index_select(0, micro.predictors)
+
+
+def score_targets(
+    model: Any, micro: MicroBatch, *, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(M,) log-probabilities of the targets of `micro`, and the (M,) entropy if wanted; see `token_logprobs`."""
+    head = model.get_output_embeddings()
+    return token_logprobs(
+        hidden_states(model, micro),
+        head.weight,
+        micro.targets,
+        rows=micro.rows,
+        bias=head.bias,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses models whose forward pass `score_targets` would not reproduce."""
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{name} does not use transformers' attention interface, so it cannot be trained without padding")
+    transforms = [key for key in LOGIT_TRANSFORMS if getattr(model.config, key, None) not in (None, 1.0)]
+    if transforms:
+        raise ValueError(f"{name} transforms its logits ({', '.join(transforms)}), which packed scoring does not do")
+
+
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """Log-probabilities of the trainer must be those of the engine, which drops nothing."""
+    layer: Any
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = 0.0
