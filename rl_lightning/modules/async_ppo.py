@@ -269,7 +269,7 @@ class AsyncPPOModule(PolicyObjective):
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.max_tokens_per_mb)
         norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratio))
-        self._count_update("grad_norm", norm, statistics)
+        self.count_update("grad_norm", norm, statistics)
 
     def _train_critic(
         self, policy: PolicyBatch, targets: ValueTargets, sequences: Sequence[int], statistics: StepStatistics
@@ -285,7 +285,7 @@ class AsyncPPOModule(PolicyObjective):
             return loss
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.critic_max_tokens_per_mb)
-        self._count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
+        self.count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
 
     def _add_loss_statistics(
         self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]
@@ -299,14 +299,6 @@ class AsyncPPOModule(PolicyObjective):
         total, count = self.ranks.sum(ratio, self.device).tolist()
         limit = self.ppo.early_stop_imp_ratio
         return limit is None or total <= limit * count
-
-    def _count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
-        is_finite = norm is not None and math.isfinite(norm)
-        first_rank = self.global_rank == 0  # every rank knows the same: counted once
-        statistics.add_sum("skipped_minibatches", float(first_rank and norm is None))
-        statistics.add_sum("nonfinite_gradients", float(first_rank and norm is not None and not is_finite))
-        if norm is not None and is_finite:
-            statistics.add_mean(name, norm, 1.0)
 
     def _report(self, batch: ScoredBatch, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
         add_rollout_statistics(statistics, batch, self.scores(batch), self.penalties(batch))

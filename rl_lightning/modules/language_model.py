@@ -24,6 +24,7 @@ from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients
+from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -239,6 +240,15 @@ class LanguageModule(LightningModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
                 scheduler.step()
+
+    def count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
+        """Adds to `statistics` what `update` returned: the gradient's norm as `name`, or that nothing was updated."""
+        is_finite = norm is not None and math.isfinite(norm)
+        first_rank = self.global_rank == 0  # every rank knows the same: counted once
+        statistics.add_sum("skipped_minibatches", float(first_rank and norm is None))
+        statistics.add_sum("nonfinite_gradients", float(first_rank and norm is not None and not is_finite))
+        if norm is not None and is_finite:
+            statistics.add_mean(name, norm, 1.0)
 
     def record(self, statistics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
         """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Literal
 
@@ -63,8 +62,7 @@ class SFTModule(LanguageModule):
 
         with self.one_counted_step():
             norm = self.update(self.micro_batches(batch, range(batch.n_seqs), self.max_tokens_per_mb), micro_loss)
-        if norm is not None and math.isfinite(norm):
-            statistics.add_mean("grad_norm", norm, 1.0)
+        self.count_update("grad_norm", norm, statistics)
         statistics.add_sum("n_seqs", batch.n_seqs)
         statistics.add_sum("n_tokens", len(batch.token_ids))
         statistics.add_sum("n_valid_tokens", n_tokens)

@@ -39,16 +39,17 @@ PROMPTS = [
     {"class_path": "rl_lightning.prompts.arithmetic.ArithmeticPrompts", "init_args": {"operator": "-", "digits": 2}},
     {"class_path": "rl_lightning.testing.FakePrompts"},
 ]
+HALF = "tests.reward_samples.half"
 REWARDS = [
     {"reward": "rl_lightning.rewards.exact.exact_match"},
     {"reward": {"class_path": "rl_lightning.rewards.exact.ExactMatchReward", "init_args": {"first_line": True}}, "weight": 0.5},
     {"reward": {"class_path": "rl_lightning.rewards.math.MathReward"}},
     {"reward": {"class_path": "rl_lightning.rewards.gym.GymReward", "init_args": {"extract": "tag"}}},
     {"reward": {"class_path": "rl_lightning.rewards.code.CodeReward", "init_args": {"max_cases": 5}}},
-    {"reward": {"class_path": "rl_lightning.rewards.task.TaskReward", "init_args": {"rewards": {"x": "reward_samples.half"}}}},
-    {"reward": "reward_samples.length"},
-    {"reward": "reward_samples.unannotated"},
-    {"reward": {"class_path": "reward_samples.Unannotated", "init_args": {"factor": 3}}},
+    {"reward": {"class_path": "rl_lightning.rewards.task.TaskReward", "init_args": {"rewards": {"x": HALF}}}},
+    {"reward": "tests.reward_samples.length"},
+    {"reward": "tests.reward_samples.unannotated"},
+    {"reward": {"class_path": "tests.reward_samples.Unannotated", "init_args": {"factor": 3}}},
 ]
 
 

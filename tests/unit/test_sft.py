@@ -73,6 +73,18 @@ def test_training_loss_is_the_mean_over_answer_tokens_however_it_is_cut(tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_a_gradient_that_is_not_finite_is_counted_and_leaves_the_weights(tmp_path: Path, folder: str) -> None:
+    batch = load(write_lines(tmp_path / "a.jsonl", EXAMPLES), folder).batch(range(25))
+    module = SFTModule(folder)
+    module.configure_model()
+    norm = module.model.model.norm.weight
+    with torch.no_grad():
+        norm.fill_(torch.inf)
+    fit(module, [batch])
+    assert module.step_statistics["nonfinite_gradients"] == 1 and "grad_norm" not in module.step_statistics
+    assert torch.isinf(norm).all()
+
+
 def test_a_model_learns_and_its_validation_loss_says_so(tmp_path: Path, folder: str) -> None:
     path = write_lines(tmp_path / "a.jsonl", EXAMPLES)
     data = SFTDataModule(path, folder, val_path=path, batch_size=25)

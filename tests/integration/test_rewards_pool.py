@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reward_samples
 
 from rl_lightning.rewards.math import MathReward
 from rl_lightning.rewards.pool import RewardPool, unique_names
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.types import Prompt
+from tests import reward_samples
 
 PROMPT = Prompt("q1", "1+1=", (1, 2), "math", {"solutions": ["2"]})
 
@@ -167,7 +167,7 @@ import asyncio, sys, time
 from rl_lightning.rewards.pool import RewardPool
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.types import Prompt
-import reward_samples
+from tests import reward_samples
 
 async def main():
     pool = RewardPool([WeightedReward(reward_samples.pid), WeightedReward(reward_samples.slow)])
@@ -180,7 +180,7 @@ asyncio.run(main())
 
 
 def test_reward_processes_die_with_their_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    parent = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     assert not reward_samples.is_gone(child, within_s=0.1)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reward_samples import is_gone
 
 from rl_lightning.rewards.code import CodeReward, arguments, last_code_block, same_text, same_value
 from rl_lightning.rewards.exact import exact_match
 from rl_lightning.rewards.task import TaskReward
 from rl_lightning.types import Prompt
+from tests.reward_samples import is_gone
 
 ADD = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
 SORTED = {"fn_name": "order", "inputs": [[[3, 1, 2]], "[2, 1]"], "outputs": [[1, 2, 3], "[1, 2]"]}
