@@ -76,7 +76,9 @@ class SlotThread:
         return time.monotonic() - max(self._decoder.last_pass_s, self._busy_since_s)
 
     def update(self, update: WeightUpdate, weights: Iterable[tuple[str, torch.Tensor]]) -> float:
-        """Interrupts, loads, proves, goes on. To be run by `call`; returns seconds from the last old to the first new token.
+        """Interrupts, loads, proves. To be run by `call`; returns the seconds that this took.
+
+        The next step computes the caches of what was interrupted again: whoever waits for the proof need not wait for that.
 
         Raises:
             WeightMismatchError: the fingerprint differs.
@@ -95,7 +97,6 @@ class SlotThread:
             raise
         self.fault = None
         self._batch.version = update.version
-        self._batch.admit()
         return time.perf_counter() - started
 
     # -- in the thread
