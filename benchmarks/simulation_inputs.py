@@ -110,7 +110,7 @@ SOURCES = {
     "flops": "H100 SXM data sheet, dense bf16",
     "train_mfu": "one H100, Qwen3-1.7B, packed 16 x 2,048, layers compiled, with activation checkpointing: 32,900 tokens/s",
     "forward_mfu": "the same without checkpointing, forward and backward: 40,600 tokens/s; taken for prompts in the engine too",
-    "sync_s": "two H100, 3.4 GB by NCCL, 256 requests interrupted; the first update of a run, 0.5 s, is left out",
+    "sync_s": "two H100, 3.4 GB by NCCL, 256 requests interrupted; taken for any number of GPUs, the slower first one left out",
     "prompts": "AReaL's published setting",
     "answers": "AReaL's published setting",
     "prompt_len": "assumed; next to nothing beside the answers",
@@ -119,7 +119,7 @@ SOURCES = {
     "between_prompts": "assumed: half of it is the prompt's",
     "max_new_tokens": "AReaL's published setting",
     "minibatches": "this library's default; pi_prox of the first needs no forward pass of its own",
-    "seed": "",
+    "seed": "of the lengths",
 }
 
 

@@ -61,8 +61,13 @@ def scale_table(result: dict[str, Any]) -> str:
 
 def inputs_table(result: dict[str, Any]) -> str:
     """Every input with its source."""
-    rows = [f"| `{name}` | {entry['value']} | {entry['source']} |" for name, entry in result["inputs"].items()]
+    rows = [f"| `{name}` | {shown(entry['value'])} | {entry['source']} |" for name, entry in result["inputs"].items()]
     return "\n".join(["| input | value | from |", "|---|---|---|", *rows])
+
+
+def shown(value: Any) -> str:
+    """A number, or the seconds of a decode step by running answers."""
+    return ", ".join(f"{n}: {1000 * s:.2f} ms" for n, s in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def page(result: dict[str, Any]) -> str:
