@@ -3,13 +3,14 @@
     python benchmarks/simulation.py
 
 Engines and trainer are fakes with measured speeds (`simulation_inputs.py`, which says where each number is from); StalenessGate,
-RolloutLedger, WorkerRoster and RolloutController are the ones of a run, on an event loop that jumps from timer to timer. Four
+RolloutLedger, WorkerRoster and RolloutController are the ones of a run, on an event loop that jumps from timer to timer. Five
 questions, under two minutes of one core:
 
 1. AReaL's table of tokens/s over eta on 8 GPUs: is its shape what these inputs give? One factor is fitted, to eta 0.
 2. Which split of the GPUs between generation and training is best, and who waits in the others?
 3. How does that hang on the lengths of the answers, which are the input that is least known?
-4. What do 1 to 512 engines make of the same batch?
+4. How many prompts must be in flight, and how long does one take then?
+5. What do 1 to 512 engines make of the same batch?
 
 Needs matplotlib for the plot (`rl-lightning[benchmarks]`).
 """
@@ -30,7 +31,7 @@ from typing import Any
 
 from circumstances import circumstances
 from simulation_inputs import Hardware, Workload, stated
-from simulation_report import page, plot, table
+from simulation_report import SHOWN_ETA, page, plot, table
 from simulation_run import Setup, simulate_run
 
 logger = logging.getLogger("simulation")
@@ -40,6 +41,9 @@ PUBLISHED = {0: 27.1, 1: 47.8, 2: 47.8, 4: 49.0, 8: 51.5, 16: 52.0}
 
 SPLIT_ETAS = (0, 1, 4, 16)
 SPREADS, LENGTH_ETAS = (0.6, 1.1), (0, 1, 16)
+IN_FLIGHT = (0.125, 0.25, 0.5, 1.0)
+"""Shares of a batch that may be in flight."""
+
 SCALE_ETAS, SCALE_STEPS = (0, 1, 4, 16), 8
 WIDE_FROM, WIDE = 64, 4
 """Engines from which on one batch is too little for them, and how many batches in flight are tried there too."""
@@ -83,6 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "best": chosen,
         "splits": splits,
         "lengths": [{"spread": setup.workload.spread, **summary(setup, LENGTH_ETAS)} for setup in lengths],
+        "in_flight": [in_flight(setups[best], share) for share in IN_FLIGHT],
         "scale": [row for engines in args.engines for row in scale_out(engines, workload)],
         "cpu_s": round(time.process_time() - began_s, 1),
     }
@@ -92,6 +97,12 @@ def summary(setup: Setup, etas: Iterable[int]) -> dict[str, Any]:
     """The same run under each eta."""
     runs = [observe(replace(setup, eta=eta)) for eta in etas]
     return {"engines": setup.engines, "trainers": setup.trainers, "runs": runs}
+
+
+def in_flight(setup: Setup, share: float) -> dict[str, Any]:
+    """The same run with at most `share` of a batch in flight."""
+    concurrent = max(1, round(share * setup.batch))
+    return {"concurrent": concurrent, **summary(replace(setup, concurrent=concurrent), [SHOWN_ETA])}
 
 
 def scale_out(engines: int, workload: Workload) -> list[dict[str, Any]]:

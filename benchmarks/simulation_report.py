@@ -49,6 +49,17 @@ def lengths_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_flight_table(result: dict[str, Any]) -> str:
+    """What fewer prompts in flight cost and bring."""
+    lines = ["| in flight | thousand tokens/s | longest lease | staleness |", "|---|---|---|---|"]
+    for row in result["in_flight"]:
+        (run,) = row["runs"]
+        staleness = f"{run['staleness_mean']:.1f}, at most {run['staleness_max']}"
+        speed, lease = run["tokens_per_s"] / 1000, run["longest_lease_s"]
+        lines.append(f"| {row['concurrent']} | {speed:.1f} | {lease:,} s | {staleness} |")
+    return "\n".join(lines)
+
+
 def scale_table(result: dict[str, Any]) -> str:
     """Thousand tokens/s by number of engines."""
     etas = [run["eta"] for run in result["scale"][0]["runs"]]
@@ -99,9 +110,15 @@ What eta brings on {best["engines"]} + {best["trainers"]} GPUs, when answers var
 
 {lengths_table(result)}
 
+## Prompts in flight
+
+On {best["engines"]} + {best["trainers"]} GPUs at eta {SHOWN_ETA}, with less than a batch in flight (`max_concurrent_rollouts`).
+
+{in_flight_table(result)}
+
 ## 1 to 512 engines
 
-The same batch of B prompts, half as many GPUs to train as to generate. In flight is `max_concurrent_rollouts`, by default B.
+The same batch of B prompts, half as many GPUs to train as to generate. By default B are in flight.
 
 {scale_table(result)}
 
