@@ -6,7 +6,7 @@
 | worker, when a group is done | `put`, `give_back` | never | |
 | worker, every second | `heartbeat` | never | |
 | worker, when its engine is up or fails | `register`, `leave` | never | |
-| trainer rank, each step | `take` | up to `wait_s` | a finished group |
+| trainer rank, each step | `take` | up to `wait_s` | the group that completes a batch |
 | trainer rank 0, after each step | `publish` | never | |
 | trainer rank, validating | `begin_evaluation`, `take_evaluation` | up to `wait_s` | an answered prompt |
 
@@ -142,6 +142,7 @@ class RolloutController:
         self._counts: Counter[str] = Counter()
         self._rejected_in_a_row = 0
         self._fatal: Exception | None = None
+        self._nothing_expires_before_s = clock()
         self._changed = asyncio.Condition()
 
     # -- workers
@@ -192,7 +193,7 @@ class RolloutController:
         self._roster.note_return(worker)
         self._counts.update(answer_tokens=record.n_answer_tokens, groups=1)
         self._counts.update({f"reward_{kind}": n for kind, n in record.failures.items()})
-        await self._notify()
+        await self._notify(answered=lease.evaluation)
         return True
 
     async def give_back(self, worker: str, lease: Lease, reason: str, *, counts: bool) -> None:
@@ -293,17 +294,17 @@ class RolloutController:
 
     def _dispatch(self) -> None:
         """Gives what may start now to the workers that wait, one group at a time to the best of them."""
+        if not (self._waiting and self._may_start()):
+            return
         granted: defaultdict[str, list[Lease]] = defaultdict(list)
-        while (candidates := [w for w, (room, _) in self._waiting.items() if len(granted[w]) < room]) and self._may_start():
-            entry = self._roster.choose(candidates, self._ledger.version)
-            if entry is None:
-                break
+        turns = self._roster.turns({worker: room for worker, (room, _) in self._waiting.items()}, self._ledger.version)
+        while self._may_start() and (entry := next(turns, None)) is not None:
             lease = self._next_lease(entry.name)
             granted[entry.name].append(lease)
             self._roster.note_grant(entry, lease.group_size * len(lease.prompt.token_ids))
         for worker, leases in granted.items():
             future = self._waiting[worker][1]
-            if leases and not future.done():
+            if not future.done():
                 del self._waiting[worker]
                 future.set_result(leases)
 
@@ -334,20 +335,23 @@ class RolloutController:
         return True
 
     def _expire(self) -> None:
-        """Returns the leases of silent workers and of groups that take too long."""
-        now = self._clock()
+        """Returns the leases of silent workers and of groups that take too long. Called at every turn, looks only when due."""
+        now, s = self._clock(), self._settings
+        if now < self._nothing_expires_before_s:
+            return
         for worker in self._roster.lost(now):
             logger.warning("%s was silent for over %.0f s: its prompt groups go to other workers", worker, self._roster.timeout_s)
             self._drop_leases(worker)
             self._roster.remove(worker)
-        for group in list(self._ledger.running.values()):
-            if now - group.started_s > self._settings.lease_timeout_s:
-                logger.warning(
-                    "prompt group %d on %s took over %.0f s", group.index, group.worker, self._settings.lease_timeout_s
-                )
-                self._revoked[group.worker].append(group.submission)
-                if not self._ledger.give_back(group.index):
-                    self._count_rejection(f"not answered within {self._settings.lease_timeout_s:.0f} s (lease_timeout_s)")
+        for group in [g for g in self._ledger.running.values() if now - g.started_s > s.lease_timeout_s]:
+            logger.warning("prompt group %d on %s took over %.0f s", group.index, group.worker, s.lease_timeout_s)
+            self._revoked[group.worker].append(group.submission)
+            if not self._ledger.give_back(group.index):
+                self._count_rejection(f"not answered within {s.lease_timeout_s:.0f} s (lease_timeout_s)")
+        # Whatever starts from here on, or is heard of again, expires later than this.
+        silent = min((entry.last_seen_s for entry in self._roster), default=now)
+        started = min((group.started_s for group in self._ledger.running.values()), default=now)
+        self._nothing_expires_before_s = min(silent + s.worker_timeout_s, started + s.lease_timeout_s)
 
     def _drop_leases(self, worker: str) -> None:
         self._waiting.pop(worker, None)  # a call of its earlier life may still wait; nobody would get its leases
@@ -388,11 +392,17 @@ class RolloutController:
             text += f"; the oldest lease is group {oldest.index} on {oldest.worker} for {now - oldest.started_s:.0f} s"
         return text
 
-    async def _notify(self) -> None:
+    async def _notify(self, *, answered: bool = False) -> None:
+        """Something changed: leases what may start, and wakes the trainer if there may be something to take.
+
+        Its ranks are many and groups come by the thousand: no rank is woken to find that it must wait. `answered` says that a
+        validation prompt was.
+        """
         self._expire()
         self._dispatch()
-        async with self._changed:
-            self._changed.notify_all()
+        if answered or self._fatal is not None or self._ledger.ready():
+            async with self._changed:
+                self._changed.notify_all()
 
     async def _wait_until(self, deadline: float) -> bool:
         """Waits for any change; False once the deadline has passed."""

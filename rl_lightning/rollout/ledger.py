@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,10 @@ class RolloutLedger:
         self._returned: list[int] = []
         self._attempts: dict[int, int] = {}
         self._submissions = 0
+        # How many groups were leased at each version: whether a batch may be taken is asked after every finished group, and
+        # must not cost a look at all of them.
+        self._running_since: Counter[int] = Counter()
+        self._finished_since: Counter[int] = Counter()
 
     # -- submission
 
@@ -87,6 +92,7 @@ class RolloutLedger:
         group = RunningGroup(index, worker, self.version, self._submissions, now_s)
         self._submissions += 1
         self.running[index] = group
+        self._running_since[group.version] += 1
         return group
 
     # -- results
@@ -98,12 +104,13 @@ class RolloutLedger:
 
     def finish(self, index: int, n_tokens: int, content: Any) -> None:
         """The group is answered and waits to be trained on."""
-        group = self.running.pop(index)
+        group = self._stop(index)
+        self._finished_since[group.version] += 1
         self.finished[index] = FinishedGroup(index, group.version, group.submission, n_tokens, content)
 
     def reject(self, index: int) -> None:
         """The group will not be trained on (filtered); its place is free again."""
-        del self.running[index]
+        self._stop(index)
         self._attempts.pop(index, None)
         self.rejected += 1
 
@@ -117,7 +124,7 @@ class RolloutLedger:
         Returns:
             False if the group was tried `max_attempts` times and is abandoned instead.
         """
-        del self.running[index]
+        self._stop(index)
         if counts:
             self._attempts[index] = self._attempts.get(index, 0) + 1
         if self._attempts.get(index, 0) >= self.max_attempts:
@@ -137,33 +144,35 @@ class RolloutLedger:
 
     # -- training
 
+    def ready(self) -> bool:
+        """Whether `take` gives a batch now: B groups are finished, and those left behind can all meet their step.
+
+        With the B oldest taken, for every j at most j * B remaining groups may be due within the next j steps. A later
+        submission is never due before an earlier one, so the oldest B are those that are due first.
+        """
+        size, due_now = self.gate.batch_size, self.version - self.gate.max_head_offpolicyness
+        if len(self.finished) < size:
+            return False
+        running = finished = 0
+        for version in sorted(self._running_since.keys() | self._finished_since.keys()):
+            running += self._running_since[version]
+            finished += self._finished_since[version]
+            if running + max(0, finished - size) > max(0, version - due_now) * size:
+                return False
+        return True
+
     def take(self) -> list[FinishedGroup] | None:
         """The batch of step `version`, oldest first, or None while it must wait."""
-        batch = heapq.nsmallest(self.gate.batch_size, self.finished.values(), key=lambda g: g.submission)
-        if len(batch) < self.gate.batch_size or not self._all_meet_their_step(batch):
+        if not self.ready():
             return None
+        batch = heapq.nsmallest(self.gate.batch_size, self.finished.values(), key=lambda g: g.submission)
         for group in batch:
             del self.finished[group.index]
             self._attempts.pop(group.index, None)
+        self._finished_since.subtract(group.version for group in batch)
         self.consumed += len(batch)
         self.training = [group.index for group in batch]
         return batch
-
-    def _all_meet_their_step(self, batch: Iterable[FinishedGroup]) -> bool:
-        """Whether, after `batch`, at most j * B remaining groups are due within the next j steps, for every j."""
-        taken = {g.index for g in batch}
-        eta, size = self.gate.max_head_offpolicyness, self.gate.batch_size
-        remaining = [g.version for g in self.running.values()]
-        remaining += [g.version for g in self.finished.values() if g.index not in taken]
-        due_in = [0] * (eta + 1)
-        for version in remaining:
-            due_in[max(0, version + eta - self.version)] += 1
-        due = 0
-        for steps, count in enumerate(due_in):
-            due += count
-            if due > steps * size:
-                return False
-        return True
 
     def advance(self, version: int) -> None:
         """The weights of `version` are live in the engines."""
@@ -171,6 +180,9 @@ class RolloutLedger:
         if version > self.version:
             self.training = []
         self.version = version
+        for since in (self._running_since, self._finished_since):
+            for past in [v for v, count in since.items() if not count]:
+                del since[past]
 
     # -- saving
 
@@ -199,3 +211,11 @@ class RolloutLedger:
         self.rejected, self.abandoned = state["rejected"], state["abandoned"]
         self._returned = list(state["open"])
         heapq.heapify(self._returned)
+
+    # -- inside
+
+    def _stop(self, index: int) -> RunningGroup:
+        """The group is in flight no longer."""
+        group = self.running.pop(index)
+        self._running_since[group.version] -= 1
+        return group

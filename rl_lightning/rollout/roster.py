@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,13 +97,40 @@ class WorkerRoster:
 
     def choose(self, candidates: Iterable[str], version: int) -> WorkerEntry | None:
         """The candidate that gets the next group: only those with the current weights count."""
-        ready = [e for name in candidates if (e := self._entries.get(name)) is not None and e.version == version]
-        keys = {
-            "round_robin": lambda e: (e.last_grant,),
-            "least_requests": lambda e: (e.running, e.last_grant),
-            "least_token_usage": lambda e: (e.tokens, e.running, e.last_grant),
-        }
-        return min(ready, key=keys[self.policy], default=None)
+        return min(self._with_weights(candidates, version), key=self._rank, default=None)
+
+    def turns(self, rooms: Mapping[str, int], version: int) -> Iterator[WorkerEntry]:
+        """For one group after another the worker that `choose` would give, until none has room: a queue instead of searches.
+
+        Args:
+            rooms: by worker, how many groups it can take.
+            version: only workers that hold these weights count.
+
+        Yields:
+            An entry; the caller notes the grant before it asks for the next one.
+        """
+        left = {name: room for name, room in rooms.items() if room > 0}
+        queue = [(self._rank(entry), place, entry) for place, entry in enumerate(self._with_weights(left, version))]
+        heapq.heapify(queue)
+        while queue:
+            _, place, entry = queue[0]
+            yield entry
+            left[entry.name] -= 1
+            if left[entry.name] > 0:
+                heapq.heapreplace(queue, (self._rank(entry), place, entry))
+            else:
+                heapq.heappop(queue)
+
+    def _with_weights(self, names: Iterable[str], version: int) -> list[WorkerEntry]:
+        return [e for name in names if (e := self._entries.get(name)) is not None and e.version == version]
+
+    def _rank(self, entry: WorkerEntry) -> tuple[int, ...]:
+        """Whoever has the least gets the next group."""
+        if self.policy == "round_robin":
+            return (entry.last_grant,)
+        if self.policy == "least_requests":
+            return (entry.running, entry.last_grant)
+        return (entry.tokens, entry.running, entry.last_grant)
 
     def note_grant(self, entry: WorkerEntry, tokens: int) -> None:
         """A group of about `tokens` tokens went to this worker."""

@@ -15,11 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 ENGINES = ("sglang", "vllm", "torch")
 EXAMPLE = "sglang.d4p1m1+d4p1m1 (4 GPUs generate, 4 train)"
 DEFAULT_ROLE = "*"
 TRAINED_ROLE = "actor_train"
+GENERATION = "generation"
 
 _AXES = {"d": "data", "t": "tensor", "m": "tensor", "p": "pipeline"}
 _TERM = re.compile(r"([A-Za-z])([0-9]*)")
@@ -110,7 +112,7 @@ def check_size(allocation: Allocation, n_nodes: int, n_gpus_per_node: int) -> No
     asked = n_nodes * n_gpus_per_node
     if allocation.size == asked:
         return
-    parts = [f"generation {allocation.generation.size}"] if allocation.generation else []
+    parts = [f"{GENERATION} {allocation.generation.size}"] if allocation.generation else []
     parts.append(f"training {allocation.training.size}")
     shown = (" and, on the same GPUs, " if allocation.colocated else " + ").join(parts)
     raise ValueError(
@@ -130,13 +132,48 @@ def check_supported(allocation: Allocation) -> None:
         raise ValueError(f"{where}: generation and training on the same GPUs is not supported yet; give each its own with '+'")
     if allocation.engine == "vllm":
         raise ValueError(f"{where}: there is no vLLM engine; write 'sglang.' instead of 'vllm.'")
-    parts = {"generation": allocation.generation, **{f"training ({role})": layout for role, layout in allocation.roles.items()}}
-    for name, layout in parts.items():
-        if layout is not None and layout.tensor * layout.pipeline > 1:
+    for name, layout in _parts(allocation).items():
+        if layout.tensor * layout.pipeline > 1:
             raise ValueError(
                 f"{where}: tensor and pipeline parallelism are not supported yet, and {name} has m{layout.tensor} and "
                 f"p{layout.pipeline}; write d{layout.size}p1m1"
             )
+
+
+def check_heads(allocation: Allocation, config: Any) -> None:
+    """Compares the tensor parallel sizes with the model's heads: every device holds whole attention heads.
+
+    In training it holds whole key-value heads too; an engine copies those that are fewer than its devices.
+
+    Args:
+        allocation: see `parse_allocation`.
+        config: the language model's, as `transformers.AutoConfig` reads it; only `num_attention_heads` and
+            `num_key_value_heads` (if there is one) are looked at.
+
+    Raises:
+        ValueError: names the part, the heads and the sizes that fit.
+    """
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    for name, layout in _parts(allocation).items():
+        copies = name == GENERATION
+        if _divides_heads(layout.tensor, heads, kv_heads, copies):
+            continue
+        fitting = [f"m{size}" for size in range(1, heads + 1) if _divides_heads(size, heads, kv_heads, copies)]
+        raise ValueError(
+            f"allocation_mode={str(allocation)!r}: {name} splits every layer over m{layout.tensor} devices, which does not fit "
+            f"the model's {heads} attention heads and {kv_heads} key-value heads; write {' or '.join(fitting)}"
+        )
+
+
+def _divides_heads(tensor: int, heads: int, kv_heads: int, copies: bool) -> bool:
+    return heads % tensor == 0 and (kv_heads % tensor == 0 or (copies and tensor % kv_heads == 0))
+
+
+def _parts(allocation: Allocation) -> dict[str, Layout]:
+    """Every layout by the name that errors call it."""
+    generation = {GENERATION: allocation.generation} if allocation.generation is not None else {}
+    return generation | {f"training ({role})": layout for role, layout in allocation.roles.items()}
 
 
 class _Parser:
@@ -188,6 +225,8 @@ class _Parser:
             match = _ROLE.match(self._text, self._at)
             if match is None:
                 raise self._error("expected a role and ':', as in actor_train:d2p1m1")
+            if match[1] in ENGINES:
+                raise self._error(f"{match[1]!r} is an engine, not a role: write '.' after it")
             if match[1] in roles:
                 raise self._error(f"role {match[1]!r} is given twice")
             start, self._at = self._at, match.end()

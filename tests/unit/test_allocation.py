@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_lightning.strategies.allocation import Layout, check_size, check_supported, parse_allocation
+from rl_lightning.strategies.allocation import Layout, check_heads, check_size, check_supported, parse_allocation
 
 SIZES = st.integers(1, 64)
 LAYOUTS = st.builds(Layout, SIZES, SIZES, SIZES)
@@ -77,6 +79,7 @@ def test_roles() -> None:
         ("trt.d4p1m1+d4p1m1", 1, "unknown engine 'trt'"),
         ("D4p1m1", 1, "'D' is none of d"),
         ("d٣p1m1", 1, "'d' needs a number"),
+        ("sglang:d4p1m1+d4p1m1", 1, "'sglang' is an engine, not a role"),
         ("a:d1p1m1,a:d1p1m1", 10, "given twice"),
         ("a:d1p1m1,", 10, "expected a role"),
         ("a:d1p1m1,*:d2p1m1", 10, "same GPUs"),
@@ -120,9 +123,60 @@ def test_what_cannot_run_yet_is_refused_with_the_way_out() -> None:
     refused = {
         "sglang.d4p1m1+d2p2m1": "training .* p2; write d4p1m1",
         "sglang.d2p1m2+d4p1m1": "generation has m2 .*; write d4p1m1",
+        "sglang.d4p1m1+actor_train:d2p1m2,*:d4p1m1": r"training \(actor_train\) has m2",
         "sglang.d4p1m1|d4p1m1": "same GPUs",
+        "sglang.d1p1m1|d1p1m1": "same GPUs",
         "vllm.d4p1m1+d4p1m1": "no vLLM engine",
     }
     for text, reason in refused.items():
         with pytest.raises(ValueError, match=reason):
             check_supported(parse_allocation(text))
+
+
+QWEN_1_5B = SimpleNamespace(num_attention_heads=12, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("mode", ["sglang.d1p1m4+d2p1m2", "sglang.d1p1m12+d4p1m1", "d2p2m2", "sglang.d2p1m2|actor_train:d2p1m2"])
+def test_devices_that_hold_whole_heads_are_accepted(mode: str) -> None:
+    check_heads(parse_allocation(mode), QWEN_1_5B)
+
+
+@pytest.mark.parametrize(
+    ("mode", "refusal"),
+    [
+        ("sglang.d1p1m8+d8p1m1", "generation splits every layer over m8 .* 12 attention heads .*; write m1 or .* m12$"),
+        ("sglang.d1p1m3+d3p1m1", "generation splits every layer over m3"),
+        ("sglang.d4p1m1+d1p1m4", r"training \(\*\) splits every layer over m4 .* 2 key-value heads; write m1 or m2$"),
+        ("actor_train:d1p1m4,*:d4p1m1", r"training \(actor_train\) splits"),
+    ],
+)
+def test_devices_that_would_cut_a_head_are_refused_with_the_sizes_that_fit(mode: str, refusal: str) -> None:
+    with pytest.raises(ValueError, match=refusal) as caught:
+        check_heads(parse_allocation(mode), QWEN_1_5B)
+    assert repr(mode) in str(caught.value)
+
+
+def test_a_model_without_key_value_heads_has_one_for_each_attention_head() -> None:
+    for config in (SimpleNamespace(num_attention_heads=12), SimpleNamespace(num_attention_heads=12, num_key_value_heads=None)):
+        check_heads(parse_allocation("sglang.d1p1m1+d1p1m12"), config)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 32))
+def test_a_size_fits_where_every_device_gets_whole_heads(kv_heads: int, queries: int, tensor: int) -> None:
+    """Attention head i reads key-value head i // queries, and devices take the attention heads in turn, equally many each."""
+    heads = kv_heads * queries
+    each = heads // tensor
+    read = [{i // queries for i in range(device * each, (device + 1) * each)} for device in range(tensor)]
+    disjoint = heads % tensor == 0 and sum(map(len, read)) == kv_heads
+    one_copy = heads % tensor == 0 and max(map(len, read)) == 1
+    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    assert fits(f"d1p1m{tensor}", config) == disjoint
+    assert fits(f"sglang.d1p1m{tensor}+d1p1m1", config) == (disjoint or one_copy)
+
+
+def fits(mode: str, config: SimpleNamespace) -> bool:
+    try:
+        check_heads(parse_allocation(mode), config)
+    except ValueError:
+        return False
+    return True
