@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import os
 import tempfile
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while an engine works are many times slower
+
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
 from echo_task import ANSWERS, LEARNING_RATE, NEW_TOKENS, PROMPTS, StepReporter, prompt_texts, share_of_first_letter
 
 from rl_lightning import AsyncPPOModule, RolloutDataModule
