@@ -18,7 +18,7 @@ def table(result: dict[str, Any]) -> str:
         simulated, theirs = run["tokens_per_s"] / 1000, published[run["eta"]]
         idle = f"{run['trainer_idle']:.0%} | {run['engine_idle']:.0%}"
         staleness = f"{run['staleness_mean']:.1f}, at most {run['staleness_max']}"
-        scaled = f"{factor * simulated:.1f} | {factor * simulated / theirs - 1:+.0%}"
+        scaled = f"{factor * simulated:.1f} | {round(100 * (factor * simulated / theirs - 1)):+d}%"
         lines.append(f"| {run['eta']} | {theirs:.1f} | {scaled} | {simulated:.1f} | {idle} | {staleness} |")
     return "\n".join(lines)
 
