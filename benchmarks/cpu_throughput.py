@@ -33,9 +33,9 @@ OURS = [sys.executable, str(HERE / "rl_lightning_loop.py")]
 SYSTEMS: dict[str, tuple[str, list[str]]] = {
     "trl": ("TRL, synchronous", []),
     "torch-0": ("rl_lightning, TorchEngine, eta 0", [*OURS, "--engine=torch", "--eta=0", "--threads=2"]),
-    "torch-2": ("rl_lightning, TorchEngine, eta 2", [*OURS, "--engine=torch", "--eta=2", "--in-flight=3"]),
+    "torch-2": ("rl_lightning, TorchEngine, eta 2", [*OURS, "--engine=torch", "--eta=2"]),
     "sglang-0": ("rl_lightning, SGLang, eta 0", [*OURS, "--engine=sglang", "--eta=0", "--threads=2"]),
-    "sglang-2": ("rl_lightning, SGLang, eta 2", [*OURS, "--engine=sglang", "--eta=2", "--in-flight=3"]),
+    "sglang-2": ("rl_lightning, SGLang, eta 2", [*OURS, "--engine=sglang", "--eta=2"]),
 }
 """Name -> what the table says, and the program that runs it."""
 

@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument("--engine", choices=["torch", "sglang"], default="torch")
     parser.add_argument("--eta", type=int, default=0, help="max_head_offpolicyness")
     parser.add_argument("--engines", type=int, default=1)
-    parser.add_argument("--in-flight", type=int, default=1, help="batches of prompts that engines answer at once, at most")
     parser.add_argument("--threads", type=int, default=1, help="of the trainer")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -101,7 +100,6 @@ def train(args: argparse.Namespace, ray_folder: str) -> None:
         engine=make_engine(args.engine),
         num_engines=args.engines,
         max_head_offpolicyness=args.eta,
-        max_concurrent_rollouts=PROMPTS * args.in_flight,
         ray_init={"address": "local", "num_cpus": 4, "object_store_memory": 100 * 2**20, "_temp_dir": ray_folder},
     )
     module = AsyncPPOModule(
