@@ -43,7 +43,7 @@ quickstart: venv $(MODEL)/config.json
 	$(BIN)/rl-lightning fit --config recipes/quickstart.yaml
 	@echo
 	@echo "Accuracy on 64 sums, before and after:"
-	@grep -h -A2 "Validation after" $$(ls -td runs/logs/quickstart/* | head -1)/main.log | grep -o "global step.*\|val_accuracy [0-9.]*"
+	@grep -h -A1 "Validation after" $$(ls -td runs/logs/quickstart/* | head -1)/main.log | grep -o "global step [0-9]*$$\|val_accuracy [0-9.]*"
 	@echo "Look at it:  $(BIN)/tensorboard --logdir runs/logs"
 	@echo "Try next:    $(BIN)/rl-lightning fit --config recipes/quickstart.yaml --data.max_head_offpolicyness 0"
 	@echo "             docs/your_own_reward.md, docs/your_own_loss.md, recipes/"
