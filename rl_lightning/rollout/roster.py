@@ -95,12 +95,8 @@ class WorkerRoster:
         """Workers whose engine does not hold `version`."""
         return [e for e in self._entries.values() if e.version != version]
 
-    def choose(self, candidates: Iterable[str], version: int) -> WorkerEntry | None:
-        """The candidate that gets the next group: only those with the current weights count."""
-        return min(self._with_weights(candidates, version), key=self._rank, default=None)
-
     def turns(self, rooms: Mapping[str, int], version: int) -> Iterator[WorkerEntry]:
-        """For one group after another the worker that `choose` would give, until none has room: a queue instead of searches.
+        """Who gets one group after another, the best worker by the policy at each, until none has room.
 
         Args:
             rooms: by worker, how many groups it can take.

@@ -84,7 +84,13 @@ def test_turns_are_those_of_one_choice_after_another(policy, seed):
         return made
 
     one_by_one, queued, left, chosen = roster(), roster(), dict(rooms), []
-    while (entry := one_by_one.choose([name for name, room in left.items() if room], 3)) is not None:
+    keys = {
+        "round_robin": lambda entry: entry.last_grant,
+        "least_requests": lambda entry: (entry.running, entry.last_grant),
+        "least_token_usage": lambda entry: (entry.tokens, entry.running, entry.last_grant),
+    }
+    while ready := [entry for entry in one_by_one if left[entry.name] and entry.version == 3]:
+        entry = min(ready, key=keys[policy])
         chosen.append(entry.name)
         left[entry.name] -= 1
         one_by_one.note_grant(entry, 10 + len(chosen) % 3)
