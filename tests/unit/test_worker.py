@@ -58,7 +58,7 @@ async def train(controller, worker, steps):
     batches = []
     await publish(controller, worker, 0)
     for version in range(steps):
-        while not isinstance(share := await controller.take(version, wait_s=1), Share):
+        while not isinstance(share := await controller.take(version, wait_s=0.1), Share):
             if share.unsynced:
                 await publish(controller, worker, version)
         batches.append(share.contents)

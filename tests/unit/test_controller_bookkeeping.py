@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import sys
-import tracemalloc
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +20,6 @@ from rl_lightning.types import SamplingParams
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import controller_cost  # noqa: E402
-from controller_cost import Load, Traffic  # noqa: E402
 from simulation_loop import simulate  # noqa: E402
 
 DONE = GroupRecord(n_tokens=10, n_answer_tokens=4, success_rate=0.5)
@@ -160,42 +155,3 @@ def test_no_rank_is_woken_before_there_is_a_batch():
         assert sorted(index for share in shares for index in share.contents) == list(range(8))
 
     simulate(scenario())
-
-
-@pytest.mark.parametrize("waits", ["trainer", "engines"])
-def test_traffic_trains_every_group_and_leaves_nothing_behind(waits):
-    load = Load(8, 4, 16, 32, 2, waits)
-
-    async def scenario() -> tuple[int, int]:
-        traffic = Traffic(load)
-        await traffic.start()
-        await traffic.train(1000)
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        await traffic.train(3000)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
-        statistics = await traffic.controller.statistics()
-        assert statistics["generated_tokens"] >= controller_cost.RECORD.n_answer_tokens * 4000
-        assert statistics["groups_running"] + statistics["groups_buffered"] <= 3 * 16
-        await traffic.stop()
-        return traffic.step, grown
-
-    tracemalloc.start()
-    try:
-        steps, grown = simulate(scenario())
-    finally:
-        tracemalloc.stop()
-    assert steps == -(-1000 // 16) + -(-3000 // 16)
-    assert grown < 3000 * 8, "less than a reference for each group"
-
-
-def test_the_page_has_every_load():
-    load = Load(2, 2, 8, 8, 1)
-    speed = simulate(controller_cost.measure_speed(load, 100))
-    memory = simulate(controller_cost.measure_memory(load, 100, 2))
-    assert speed["groups"] == 104 and speed["groups_per_s"] == pytest.approx(1e6 / speed["us_per_group"], rel=0.01)
-    assert [point["groups"] for point in memory] == [24, 80, 136]
-    result = {"date": "", "machine": "", "python": "", "commit": "", "command": "", "goal_groups_per_s": 5000}
-    result |= {"speeds": [speed], "memory_load": speed, "memory": memory}
-    assert f"| 2 | 2 | 8 | 8 | 1 | trainer | {speed['groups_per_s']:,} |" in controller_cost.page(result)

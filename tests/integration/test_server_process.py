@@ -1,0 +1,47 @@
+"""An engine's server process: it takes its descendants with it, and dies with whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from rl_lightning.engines.process import ServerProcess
+
+NAP = "import time; print('up', flush=True); time.sleep(60)"
+
+
+def wait_until_up(log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while "up" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, "the child did not come up within 30 s"
+        time.sleep(0.01)
+
+
+def test_a_server_process_takes_its_descendants_with_it(tmp_path: Path) -> None:
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); {NAP}"
+    process = ServerProcess([sys.executable, "-c", script], tmp_path / "log")
+    wait_until_up(process.log_path)
+    assert len(process.survivors()) == 2 and not process.cause_of_death()
+    process.stop()
+    process.stop()
+    assert not process.survivors() and "SIGKILL" in process.cause_of_death() and "up" in process.cause_of_death()
+
+
+def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    child = f"from rl_lightning.engines.process import die_with_parent; die_with_parent(); {NAP}"
+    start = f"p = ServerProcess([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))"
+    imports = "import sys, time; from pathlib import Path; from rl_lightning.engines.process import ServerProcess"
+    parent = f"{imports}; {start}; print(p.pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        wait_until_up(tmp_path / "log")
+        os.kill(process.pid, signal.SIGKILL)
+    psutil.wait_procs([server], timeout=5)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
