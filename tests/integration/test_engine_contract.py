@@ -227,10 +227,10 @@ def test_a_request_that_cannot_fit_is_refused(running: Running) -> None:
     running.ask(max_new_tokens=1)
 
 
+@pytest.mark.parametrize("running", ["sglang"], indirect=True)
 def test_a_killed_server_is_an_error_at_once_and_can_be_started_again(running: Running) -> None:
     engine = running.engine
-    if not isinstance(engine, SGLangEngine):
-        pytest.skip("has no server")
+    assert isinstance(engine, SGLangEngine)
     for victim in ("server", "scheduler"):
         server = psutil.Process(engine._process.pid)
         family = [server, *server.children(recursive=True)]
