@@ -21,9 +21,9 @@ from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import check_server_args, server_command, server_env
 from rl_lightning.engines.sglang_client import SGLangClient
-from rl_lightning.engines.sglang_receiver import Receiver
+from rl_lightning.engines.sglang_receiver import Receiver, target_of
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
-from rl_lightning.weights.transport import WeightUpdate
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class SGLangEngine:
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
         self._receiver: Receiver | None = None
+        self._target = WeightTarget()
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = ""
         self._decoder: Decode | None = None
@@ -98,6 +99,11 @@ class SGLangEngine:
         self._background: set[asyncio.Task[None]] = set()
 
     # -- Engine
+
+    @property
+    def target(self) -> WeightTarget:
+        """See `Engine.target`."""
+        return self._target
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
@@ -149,9 +155,9 @@ class SGLangEngine:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
                 await self._interrupt()
-                await load()
+                sent = await load()
                 await client.flush()
-                await self._receiver.prove(update)
+                await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
             if isinstance(error, TimeoutError):
@@ -224,6 +230,7 @@ class SGLangEngine:
         info = await self._client.server_info()
         self._context_limit = int(info.get("max_req_input_len") or 2**31)
         self._receiver = Receiver(self._client, info["dtype"])
+        self._target = target_of(info)
         await self._sample_one_token()
         if self.url is not None:
             await self._client.first_values(["model.norm.weight"], 1)

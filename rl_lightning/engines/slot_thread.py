@@ -88,6 +88,7 @@ class SlotThread:
         self._batch.interrupt()
         try:
             self._decoder.load_weights(weights)
+            assert update.fingerprint is not None, "it comes with the weights that this engine can read"
             mismatch = find_mismatch(update.fingerprint, self._decoder.weight)
             if mismatch is not None:
                 raise WeightMismatchError(f"TorchEngine does not hold the weights of version {update.version}: {mismatch}")

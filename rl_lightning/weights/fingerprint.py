@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rl_lightning.weights.transport import Fingerprint
+
+if TYPE_CHECKING:
+    from rl_lightning.weights.source import WeightSource, WeightSpec
 
 PARAMETERS = 8
 """How many parameters are looked at, spread evenly from the first to the last."""
@@ -16,10 +20,34 @@ VALUES = 512
 """How many first values of each."""
 
 
-def take_fingerprint(weights: Sequence[tuple[str, Tensor]]) -> Fingerprint:
+class FingerprintTaker:
+    """Takes a fingerprint of weights while they pass by.
+
+    Args:
+        specs: all the weights that will.
+    """
+
+    def __init__(self, specs: Sequence[WeightSpec]) -> None:
+        last = len(specs) - 1
+        self._chosen = {specs[round(i * last / (PARAMETERS - 1))].name for i in range(PARAMETERS)} if specs else set()
+        self._taken: dict[str, Tensor] = {}
+
+    def look(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies what it wants of these; they may change afterwards."""
+        for name, tensor in named:
+            if name in self._chosen:
+                self._taken[name] = tensor.detach().reshape(-1)[:VALUES].float().clone()
+
+    def fingerprint(self) -> Fingerprint:
+        """Of all that it looked at. Waits for the device."""
+        return {name: tuple(values.tolist()) for name, values in self._taken.items()}
+
+
+def take_fingerprint(weights: WeightSource) -> Fingerprint:
     """The first values of some of the named `weights`, as float32 numbers."""
-    chosen = sorted({round(i * (len(weights) - 1) / (PARAMETERS - 1)) for i in range(PARAMETERS)}) if weights else []
-    return {name: tuple(tensor.detach().reshape(-1)[:VALUES].float().tolist()) for name, tensor in (weights[i] for i in chosen)}
+    taker = FingerprintTaker(weights.specs())
+    taker.look(weights)
+    return taker.fingerprint()
 
 
 def find_mismatch(expected: Fingerprint, held: Callable[[str], Tensor | None]) -> str | None:

@@ -11,13 +11,16 @@ from lightning.pytorch import Callback
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.models.lora import merged_weights
+from rl_lightning.weights.source import NamedWeights
 
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch import LightningModule, Trainer
 
     from rl_lightning.rollout.datamodule import RolloutDataModule
-    from rl_lightning.weights.transport import WeightTransport
+    from rl_lightning.weights.transport import WeightTarget, WeightTransport
+
+TARGET_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +95,8 @@ class WeightPublisher(Callback):
         assert data.fleet is not None
         if self._transport is None:
             self._transport = make_transport(data.transport_name)
-        names = [name for name, _ in workers]
-        updates = self._transport.stage(version, named_weights(pl_module), names) if workers else []
+        workers, targets = targets_of(workers)
+        updates = self._transport.stage(version, NamedWeights(named_weights(pl_module)), targets) if workers else []
         acks = {
             handle.update_weights.remote(update, data.sync_timeout_s): name
             for (name, handle), update in zip(workers, updates, strict=True)
@@ -131,6 +134,23 @@ class WeightPublisher(Callback):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def targets_of(workers: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[WeightTarget]]:
+    """Those of the (name, handle) `workers` that are there, and how their engines take weights."""
+    import ray
+
+    asked = [handle.target.remote() for _, handle in workers]
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=TARGET_TIMEOUT_S)
+    present, targets = [], []
+    for worker, ref in zip(workers, asked, strict=True):
+        try:
+            targets.append(ray.get(ref, timeout=0))
+            present.append(worker)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            logger.warning("%s gets no weights now: it does not answer (%s)", worker[0], reason(error))
+    return present, targets
 
 
 def refusal(acks: dict[Any, str]) -> str | None:

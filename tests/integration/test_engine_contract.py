@@ -25,6 +25,7 @@ from rl_lightning.types import Completion, GenerationRequest, SamplingParams
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import DistributedTransport
 from rl_lightning.weights.object_store import ObjectStoreTransport
+from rl_lightning.weights.source import NamedWeights
 
 VOCABULARY = CHARACTERS + "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
 """So large that a random model almost never samples the end of sequence by itself."""
@@ -65,7 +66,7 @@ class Running:
         name = transport or self.engine.transports[0]
         sender = self.transports.setdefault(name, TRANSPORTS[name]())
         weights = [(n, p.detach()) for n, p in self.models[model].named_parameters()]
-        [update] = sender.stage(self.version + 1, weights, ["worker"])
+        [update] = sender.stage(self.version + 1, NamedWeights(weights), [self.engine.target])
         if tamper:
             key = next(iter(update.fingerprint))
             update = replace(update, fingerprint={**update.fingerprint, key: (9.0, *update.fingerprint[key][1:])})
