@@ -14,14 +14,20 @@ from torch import Tensor
 
 from rl_lightning.batching.balance import balance
 from rl_lightning.batching.collate import collate
+from rl_lightning.callbacks.export import Export
 from rl_lightning.callbacks.recovery import RecoveryCheckpoint
+from rl_lightning.engines.sglang import SGLangEngine
+from rl_lightning.engines.torch import TorchEngine
 from rl_lightning.models.sharding import is_sharded, whole
 from rl_lightning.modules.async_ppo import AsyncPPOModule
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
+from rl_lightning.rewards.reward import WeightedReward
+from rl_lightning.rollout.datamodule import RolloutDataModule
 from rl_lightning.strategies import RayModelParallelStrategy
 from rl_lightning.strategies.failures import RayWorkerError
-from rl_lightning.types import Batch, RolloutGroup
+from rl_lightning.types import Batch, RolloutGroup, SamplingParams
+from tests.samples import LetterPrompts, share_of_even_digits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -73,12 +79,14 @@ class Record(Callback):
         self.path = path
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.differences: list[float] = []
         self.held = 1.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         statistics: Any = pl_module.step_statistics
         self.losses.append(statistics["actor_loss"])
         self.norms.append(statistics["grad_norm"])
+        self.differences.append(statistics.get("engine_logprob_diff_max", 0.0))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = {name: whole(weight.detach()) for name, weight in pl_module.named_parameters()}
@@ -88,10 +96,10 @@ class Record(Callback):
             torch.save(weights, self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "norms": self.norms, "held": self.held}
+        return {name: getattr(self, name) for name in ("losses", "norms", "differences", "held")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.norms, self.held = state["losses"], state["norms"], state["held"]
+        vars(self).update(state)
 
 
 def local(weight: Tensor) -> Tensor:
@@ -166,6 +174,44 @@ def test_bf16_computes_in_pieces_with_float32_weights(ray_cluster: str, tmp_path
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert half.norms != pytest.approx(exact.norms, rel=1e-6)
     assert half.norms == pytest.approx(exact.norms, rel=0.1)
+
+
+class Killer(Callback):
+    """Ends every engine's process at the start of step 2."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if trainer.global_step == 2 and trainer.is_global_zero:
+            import ray
+
+            data: Any = trainer.datamodule
+            for _, handle in data.fleet.call("workers"):
+                ray.kill(handle, no_restart=False)
+
+
+@pytest.mark.parametrize("engine", ["torch", "sglang"])
+def test_engines_follow_a_model_in_pieces(ray_cluster: str, tiny_model: Path, tmp_path: Path, engine: str) -> None:
+    """Two ranks, each with a piece: the engine samples what the trainer scores, and comes back with weights after a kill."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"batch_timeout_s": 300, "start_timeout_s": 200, "max_head_offpolicyness": 1}
+    if engine == "sglang":
+        options |= {"engine": SGLangEngine(server_args={"max_total_tokens": 4096}), "weight_transport": "distributed"}
+    else:
+        options |= {"engine": TorchEngine()}
+    data = RolloutDataModule(
+        LetterPrompts(16), [WeightedReward(share_of_even_digits)], str(tiny_model), batch_size=4, group_size=2,
+        generation=SamplingParams(max_new_tokens=8), **options,
+    )  # fmt: skip
+    module = AsyncPPOModule(str(tiny_model), optimizer=OptimizerConfig(lr=1e-3), ppo=PPOConfig(n_minibatches=1))
+    record, export = Record(tmp_path / "weights.pt"), Export(tmp_path / "models")
+    strategy = RayModelParallelStrategy(tensor_parallel_size=2 if engine == "torch" else 1, num_workers=2)
+    trainer = make_trainer(strategy=strategy, callbacks=[record, export, Killer()], max_steps=4, max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    assert len(record.losses) == 4
+    assert max(record.differences) < 2e-3, "engine and trainer disagree"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "epoch1epochstep4globalstep4")
+    for name, weight in torch.load(record.path).items():
+        torch.testing.assert_close(model.get_parameter(name.removeprefix("model.")), weight)
 
 
 def test_heads_that_cannot_be_split_are_named(ray_cluster: str, tmp_path: Path) -> None:
