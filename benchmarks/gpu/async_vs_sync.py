@@ -14,12 +14,9 @@ every turn.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
 from async_vs_sync_turns import ENGINE_ALONE, TRAINER_ALONE, run_turns  # noqa: E402
+from gpu_machine import describe_machine  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
-from shared_server import SharedServer  # noqa: E402
+from shared_server import ON_GPU, SharedServer  # noqa: E402
 from turn import kill_tree, started_process  # noqa: E402
 
 logger = logging.getLogger("async_vs_sync")
@@ -51,14 +49,6 @@ MEASURES = {
     "staleness_max": "at most",
     "logprob_diff": "engine - trainer (nats)",
 }
-ON_GPU = {
-    "attention_backend": "fa3",
-    "cuda_graph_max_bs": 256,
-    "cuda_graph_backend_prefill": "disabled",
-    "mm_feature_transport": "cpu",
-    "context_length": 4096,
-}
-VERSIONS = ("torch", "ray", "transformers", "lightning", "sglang")
 CLOSING_S = 15.0
 """Kept back from the budget for ending all processes."""
 
@@ -220,18 +210,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Where, when and how the numbers were made."""
-    import torch
-
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    used = 0 if args.cpu else 1 if args.layout == "colocated" else 2
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("COMMIT", commit),
-        "command": f"python benchmarks/gpu/async_vs_sync.py {' '.join(sys.argv[1:])}",
-        "machine": f"{used} x {gpus[0]}" if gpus and used else f"{platform.processor()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        **describe_machine("async_vs_sync.py", 0 if args.cpu else 1 if args.layout == "colocated" else 2),
         "task": f"Qwen3-{args.shape} shape, random weights; {args.prompts} prompts of 128 tokens x {args.answers} answers a "
         f"step, lengths lognormal with median {args.median_tokens} and sigma {args.sigma}, at most {args.max_tokens} tokens; "
         f"{args.in_flight} prompts in flight; {args.layout}, weights by {args.transport}",

@@ -14,6 +14,15 @@ from typing import Any
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import server_command, server_env
 
+ON_GPU: dict[str, Any] = {
+    "attention_backend": "fa3",
+    "cuda_graph_max_bs": 256,
+    "cuda_graph_backend_prefill": "disabled",
+    "mm_feature_transport": "cpu",
+    "context_length": 4096,
+}
+"""Server arguments for Hopper: FA3, graphs for decoding alone, nothing that needs a further package."""
+
 POLL_S = 1.0
 
 
