@@ -66,6 +66,7 @@ class PackedLayout:
         positions: (N,) int64, place of each token in its sequence.
         cu_seqlens: (K + 1,) int32, where each segment starts.
         max_seqlen: longest segment.
+        longest: the same as a () int64 tensor on the CPU, for compiled code, which a number would be part of.
         shared: whether any segment has a parent.
     """
 
@@ -81,6 +82,7 @@ class PackedLayout:
         self.positions = self._positions.to(self.device)
         self.cu_seqlens = starts.to(self.device, torch.int32)
         self.max_seqlen = max(self._lengths)
+        self.longest = torch.tensor(self.max_seqlen)
         self.shared = any(p != k for k, p in enumerate(self._parents))
         self._blocks: list[AttentionBlock] | None = None
         self._inverse: Tensor | None = None

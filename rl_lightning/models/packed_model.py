@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.attention import register_packed_attention
+from rl_lightning.models.checkpointing import Checkpointing, checkpoint_layers, level_of
 from rl_lightning.models.linear import accelerate_linears
 from rl_lightning.models.logprobs import token_logprobs
 
@@ -46,10 +47,11 @@ def load_packed(path: str, dtype: torch.dtype, auto_class: Any = None, **options
     return model, loading
 
 
-def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """The model in training mode; where wanted it computes activations again in the backward pass instead of keeping them."""
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool | Checkpointing) -> PreTrainedModel:
+    """The model in training mode, its activations checkpointed; `auto` is decided when training starts and memory is known."""
+    level = level_of(gradient_checkpointing)
+    if level != "auto":
+        checkpoint_layers(model, level)
     return model.train()
 
 

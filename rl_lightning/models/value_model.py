@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.packed_model import hidden_states, load_packed, prepare_training
 
 
@@ -21,13 +22,13 @@ class ValueModel(nn.Module):
     Args:
         path: folder or hub name of a language model, a critic or a reward model.
         dtype: of its weights.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: see `LanguageModule`.
 
     Raises:
         ValueError: transformers has no token classifier of this kind of model, or it cannot be run packed.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool | Checkpointing = False) -> None:
         super().__init__()
         from transformers import AutoModelForTokenClassification
 

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.lora import LoRAConfig, merged_weights
 from rl_lightning.models.value_model import ValueModel
 from rl_lightning.modules.critic import Critic, ValueTargets, add_explained_variance, add_value_statistics
@@ -48,11 +49,13 @@ class AsyncPPOModule(PolicyObjective):
         ppo: what is optimised.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
+            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which groups are dealt to minibatches, and of new adapters.
         logprob_diff_limit: engine and trainer disagree on a token if their log-probabilities differ by more.
         lora: train adapters instead of the actor's own weights; None: train all weights.
+        compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
         critic_path: folder or hub name of the critic, with a value head or without; for `ppo.disable_value=false`.
         init_critic_from_actor: start the critic from the actor's weights instead.
         critic_optimizer: how the critic is updated.
@@ -71,11 +74,12 @@ class AsyncPPOModule(PolicyObjective):
         ppo: PPOConfig = PPOConfig(),
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = False,
         share_prompts: bool | None = None,
         seed: int = 1,
         logprob_diff_limit: float = 0.1,
         lora: LoRAConfig | None = None,
+        compile: bool | None = None,
         critic_path: str | None = None,
         init_critic_from_actor: bool = False,
         critic_optimizer: OptimizerConfig = OptimizerConfig(),
@@ -91,6 +95,7 @@ class AsyncPPOModule(PolicyObjective):
             "share_prompts": share_prompts,
             "seed": seed,
             "lora": lora,
+            "compile": compile,
         }
         super().__init__(path, ppo, **actor)
         self.critic_optimizer_config = as_config(OptimizerConfig, critic_optimizer)
@@ -157,6 +162,7 @@ class AsyncPPOModule(PolicyObjective):
             self.max_new_tokens = generation.max_new_tokens
         if self.ppo.kl_ctl and self.reference is None:
             self.reference = load_reference(self)
+            self.speed_up([self.reference.model])
         if self.reference is not None and self._saved_reference is not None:
             self.reference.load_state_dict(self._saved_reference)
         self._saved_reference = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -19,6 +20,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch, make_micro_batch, pack_micro_batches
+from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, checkpoint_layers, level_of, plan_levels
+from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
@@ -48,10 +51,12 @@ class LanguageModule(LightningModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
+            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which sequences are dealt to minibatches, and of new adapters.
         lora: train adapters instead of the model's own weights; None: train all weights.
+        compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
 
     Attributes:
         model: the Hugging Face model, there after `configure_model`.
@@ -65,10 +70,11 @@ class LanguageModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = False,
         share_prompts: bool | None = None,
         seed: int = 1,
         lora: LoRAConfig | None = None,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         if max_tokens_per_mb < 2:
@@ -76,14 +82,15 @@ class LanguageModule(LightningModule):
         self.automatic_optimization = False
         self.path, self.dtype_name, self.seed = path, dtype, seed
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.max_tokens_per_mb, self.gradient_checkpointing = max_tokens_per_mb, gradient_checkpointing
-        self.share_prompts = share_prompts
+        self.max_tokens_per_mb, self.gradient_checkpointing = max_tokens_per_mb, level_of(gradient_checkpointing)
+        self.share_prompts, self.compiles = share_prompts, compile
         self.lora = None if lora is None else as_config(LoRAConfig, lora)
         self.ranks = DataParallel()
         self.temperature = 1.0
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
         self.step_histograms: dict[str, Tensor] = {}
+        self._graphs = 0
 
     def remember(self, **options: Any) -> None:
         """Saves the constructor's `options` as plain data, so that checkpoints load without executing code."""
@@ -122,9 +129,26 @@ class LanguageModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
         if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead"
+            )
         if self.device.type == "cpu":
             keep_freed_memory()
+        self._graphs = compiled_graphs()
+        self.speed_up([model for model, _ in self.trained()])
+
+    def speed_up(self, models: Sequence[torch.nn.Module]) -> None:
+        """Compiles the layers of `models` where wanted, and decides about the activations of those that are trained."""
+        on_gpu = self.device.type == "cuda"
+        compiles = on_gpu if self.compiles is None else self.compiles
+        for model in models:
+            if compiles:
+                compile_layers(model)
+            if on_gpu and self.gradient_checkpointing == "auto" and any(p.requires_grad for p in model.parameters()):
+                spare = activation_bytes(models, self.device)
+                levels = plan_levels(model, self.max_tokens_per_mb, spare, compiled=compiles)
+                checkpoint_layers(model, levels)
+                logger.info("activation checkpointing of %d layers: %s", len(levels), dict(Counter(levels)))
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
@@ -252,9 +276,10 @@ class LanguageModule(LightningModule):
 
     def record(self, statistics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
         """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks."""
-        self.step_statistics, self.step_histograms = dict(statistics), dict(histograms)
+        graphs, self._graphs = compiled_graphs() - self._graphs, compiled_graphs()
+        self.step_statistics, self.step_histograms = {**statistics, "compiled_graphs": float(graphs)}, dict(histograms)
         step = float(self.trainer.global_step)
-        self.log_dict({**statistics, "step": step}, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict({**self.step_statistics, "step": step}, on_step=True, on_epoch=False, batch_size=1)
 
     @property
     def learning_rate(self) -> float:
