@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from rl_lightning.models.layers import decoder_layers
 from rl_lightning.models.logprobs import CHUNK_LOGITS
+from rl_lightning.models.memory import spare_gpu_bytes
 from rl_lightning.models.varlen import ATTENTION_OP
 
 Level = Literal["none", "selective", "full"]
@@ -84,11 +85,10 @@ def activation_bytes(models: Sequence[nn.Module], device: torch.device) -> float
     Counted are gradients and optimiser states (float32; master copies too where weights are half precision), bfloat16 copies
     of float32 weights under autocast, and a chunk of logits with its share of the output layer's gradient.
     """
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
     owed = sum(p.numel() * (14 if p.dtype == torch.float32 else 18) for p in trained)
     largest = max((p.numel() for model in models for p in model.parameters()), default=0)
-    return 0.9 * free - owed - 4 * largest - 4 * CHUNK_LOGITS["cuda"]
+    return 0.9 * spare_gpu_bytes(device) - owed - 4 * largest - 4 * CHUNK_LOGITS["cuda"]
 
 
 def kept_numbers(config: Any) -> dict[Level, int]:

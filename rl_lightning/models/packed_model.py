@@ -75,7 +75,7 @@ def score_targets(
         hidden_states(model, micro),
         head.weight,
         micro.targets,
-        rows=micro.rows,
+        rows=micro.rows if micro.layout.shared else None,
         bias=head.bias,
         temperature=temperature,
         with_entropy=with_entropy,
