@@ -55,11 +55,12 @@ def test_fused_logprobs(keep_bytes: float, dtype: torch.dtype) -> None:
 
 
 def test_compiled_layers_are_compiled_once(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     from rl_lightning.batching.layout import PackedLayout
     from rl_lightning.models.attention import register_packed_attention
     from rl_lightning.models.checkpointing import checkpoint_layers
     from rl_lightning.models.layers import compile_layers, compiled_graphs
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = Qwen3Config(vocab_size=1000, intermediate_size=768, attn_implementation=register_packed_attention(), **shape)
