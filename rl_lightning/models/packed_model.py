@@ -71,11 +71,12 @@ def score_targets(
 ) -> tuple[Tensor, Tensor | None]:
     """(M,) log-probabilities of the targets of `micro`, and the (M,) entropy if wanted; see `token_logprobs`."""
     head = model.get_output_embeddings()
+    one_to_one = not micro.layout.shared and len(micro.predictors) == len(micro.targets)
     return token_logprobs(
         hidden_states(model, micro),
         head.weight,
         micro.targets,
-        rows=micro.rows if micro.layout.shared else None,
+        rows=None if one_to_one else micro.rows,
         bias=head.bias,
         temperature=temperature,
         with_entropy=with_entropy,

@@ -26,7 +26,7 @@ from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.modules.data_parallel import DataParallel
-from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients
+from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
 
@@ -220,12 +220,13 @@ class LanguageModule(LightningModule):
             The gradient's norm before clipping; None if nothing was updated because there was nothing to learn from or
             `admit` refused. Weights stay as they are as well where the norm is not finite.
         """
-        (model, config), optimizer = self.trained()[of], self._optimizers()[of]
+        (_, config), optimizer = self.trained()[of], self._optimizers()[of]
         optimizer.zero_grad()
         if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
             return None
-        self.ranks.sum_gradients(model.parameters())
-        norm = clip_gradients(model.parameters(), config.gradient_clipping)
+        trained = trained_by(optimizer.optimizer)
+        self.ranks.sum_gradients(trained)
+        norm = clip_gradients(trained, config.gradient_clipping)
         if math.isfinite(norm):
             optimizer.step()
         else:
