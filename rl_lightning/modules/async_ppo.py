@@ -256,7 +256,7 @@ class AsyncPPOModule(PolicyObjective):
         self, policy: PolicyBatch, sequences: Sequence[int], statistics: StepStatistics, *, is_first: bool
     ) -> None:
         counts = self.ranks.sum(policy.counts(sequences), self.device)
-        normalizer, ratio = self.loss_normalizer(counts), torch.zeros(2, dtype=torch.float64)
+        normalizer, ratios = self.loss_normalizer(counts), list[Tensor]()
         if policy.keep is not None:
             select_m2(policy, sequences, self.ranks, threshold=self.ppo.m2_threshold)
 
@@ -265,16 +265,16 @@ class AsyncPPOModule(PolicyObjective):
             assert entropy is not None
             if micro.is_empty:
                 return logprobs.sum() * 0.0
-            if is_first and policy.keep is None:
-                policy.learn_prox(micro, logprobs)
-            loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer))
+            prox = policy.learn_prox(micro, logprobs) if is_first and policy.keep is None else None
+            loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox))
             self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})
             if "importance_weight" in by_token:
-                ratio.add_(torch.tensor([float(by_token["importance_weight"].double().sum()), float(len(entropy))]))
+                ratios.append(by_token["importance_weight"])
             return loss
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.max_tokens_per_mb)
-        norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratio))
+        norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratios))
+        policy.settle()
         self.count_update("grad_norm", norm, statistics)
 
     def _train_critic(
@@ -300,11 +300,14 @@ class AsyncPPOModule(PolicyObjective):
         for statistic, values in by_token.items():
             statistics.add_values(statistic, values)
 
-    def _admits(self, ratio: Tensor) -> bool:
-        """Whether the mean importance ratio, from its (sum, count) on this rank, is small enough to update on."""
-        total, count = self.ranks.sum(ratio, self.device).tolist()
+    def _admits(self, ratios: Sequence[Tensor]) -> bool:
+        """Whether the mean importance ratio of all ranks' tokens is small enough to update on."""
         limit = self.ppo.early_stop_imp_ratio
-        return limit is None or total <= limit * count
+        if limit is None:
+            return True
+        mine = torch.tensor([sum(float(x.double().sum()) for x in ratios), sum(len(x) for x in ratios)], dtype=torch.float64)
+        total, count = self.ranks.sum(mine, self.device).tolist()
+        return total <= limit * count
 
     def _report(self, batch: ScoredBatch, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
         add_rollout_statistics(statistics, batch, self.scores(batch), self.penalties(batch))

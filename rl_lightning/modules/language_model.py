@@ -179,10 +179,10 @@ class LanguageModule(LightningModule):
     def by_token(self, batch: Batch, sequences: Sequence[int], scorer: Scorer, max_tokens: int | None = None) -> Tensor:
         """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective."""
         values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
-        for micro in self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb):
-            scored = scorer(micro)
-            if not micro.is_empty:
-                values[micro.sources] = scored.double().cpu()
+        micro_batches = self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb)
+        scored = [(micro.sources, scorer(micro)) for micro in micro_batches]
+        for sources, found in scored:  # only now, so that the device need not be waited for in between
+            values[sources] = found[: len(sources)].double().cpu()
         return values
 
     def micro_batches(self, batch: Batch, sequences: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:

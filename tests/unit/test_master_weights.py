@@ -76,7 +76,6 @@ def test_the_module_trains_half_precision_as_float32(tmp_path: Path) -> None:
     folder, batches, moved = write_model(tmp_path), [make_batch(seed) for seed in range(4)], []
     for dtype in ("float32", "bfloat16"):
         module = Alone(folder, dtype=dtype, optimizer=OptimizerConfig(lr=1e-3), max_tokens_per_mb=64)
-        module.on_before_optimizer_step = lambda optimizer: None  # type: ignore[method-assign]
         module.configure_model()
         start = torch.cat([p.detach().float().reshape(-1) for p in module.model.parameters()])
         trainer = fit(module, batches)
