@@ -253,8 +253,10 @@ class FakeTransport:
         self.closed = False
 
     def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
-        """One update for each of `targets`; the fingerprint holds every tensor's first four values."""
-        fingerprint = {name: tuple(tensor.flatten()[:4].float().tolist()) for name, tensor in weights}
+        """One update for each of `targets`; the fingerprint is a real one."""
+        from rl_lightning.weights.fingerprint import take_fingerprint
+
+        fingerprint = take_fingerprint(weights)
         self.staged.append(version)
         return [WeightUpdate(version, self.name, {}, fingerprint) for _ in targets]
 

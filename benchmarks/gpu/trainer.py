@@ -31,6 +31,8 @@ from circumstances import circumstances  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
 
+from rl_lightning.models.checkpointing import Level, checkpoint_layers  # noqa: E402
+from rl_lightning.models.layers import compiled_graphs, decoder_layers  # noqa: E402
 from rl_lightning.modules.async_ppo import AsyncPPOModule  # noqa: E402
 from rl_lightning.modules.optimizer import OptimizerConfig  # noqa: E402
 from rl_lightning.modules.ppo_config import PPOConfig  # noqa: E402
@@ -38,8 +40,14 @@ from rl_lightning.types import Batch  # noqa: E402
 
 logger = logging.getLogger("trainer")
 
-VARIANTS = {"eager": False, "eager+full": True}
-"""By name, whether activations are checkpointed."""
+VARIANTS: dict[str, tuple[bool, Level]] = {
+    "eager": (False, "none"),
+    "eager+full": (False, "full"),
+    "compiled": (True, "none"),
+    "compiled+selective": (True, "selective"),
+    "compiled+full": (True, "full"),
+}
+"""By name, whether layers are compiled and how activations are checkpointed."""
 
 
 @dataclass
@@ -99,20 +107,18 @@ class Measured(AsyncPPOModule):
             return
         step.seconds = synchronized(self.device) - started
         step.graphs = compiled_graphs() - graphs
-        step.peak_bytes = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":
+            step.peak_bytes = torch.cuda.max_memory_allocated()
         logger.info("%s %s %.3f s%s", step.case, step.variant, step.seconds, " (warm-up)" if step.warmup else "")
 
 
 def set_variant(module: AsyncPPOModule, variant: str) -> None:
     """Runs `module` as `variant` from now on."""
-    module.model.gradient_checkpointing_disable()
-    if VARIANTS[variant]:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    compiled, level = VARIANTS[variant]
+    checkpoint_layers(module.model, level)
+    for layer in decoder_layers(module.model):
+        layer.compiled = getattr(layer, "compiled", layer._compiled_call_impl)
+        layer._compiled_call_impl = layer.compiled if compiled else None
 
 
 def synchronized(device: torch.device, *, reset_peak: bool = False) -> float:
@@ -161,6 +167,7 @@ def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, 
             ppo=PPOConfig(n_minibatches=args.minibatches),
             max_tokens_per_mb=args.tokens + 1,
             dtype=args.weights,
+            compile=any(VARIANTS[variant][0] for variant in args.variants),
         )
         make_trainer(args).fit(module, plan)
     return [summary(name, case, variant, plan, args) for case in args.lengths for variant in args.variants]
@@ -238,7 +245,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1.7b", "0.6b"])
     parser.add_argument("--lengths", nargs="+", default=["2048", "16384", "8192", "32768", "mixed"])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[1:])
     parser.add_argument("--tokens", type=int, default=32768, help="of a minibatch, in one micro-batch")
     parser.add_argument("--minibatches", type=int, default=1, help="PPO minibatches of a step")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")

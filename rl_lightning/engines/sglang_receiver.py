@@ -14,7 +14,7 @@ from rl_lightning.weights.transport import Fingerprint, WeightTarget
 if TYPE_CHECKING:
     import torch
 
-    from rl_lightning.engines.sglang_client import SGLangClient
+    from rl_lightning.engines.sglang_client import SGLangClient, Shown
     from rl_lightning.weights.transport import WeightUpdate
 
 Load = Callable[[], Awaitable[Fingerprint]]
@@ -57,9 +57,8 @@ class Receiver:
         """
         from rl_lightning.weights.fingerprint import find_mismatch
 
-        shown = await self._client.first_values(list(sent), max(map(len, sent.values()), default=0))
-        expected = {name: values[: len(shown[name]) or None] for name, values in sent.items()}
-        if (difference := find_mismatch(expected, as_held(shown, self._dtype))) is not None:
+        shown = await self._client.samples({name: sample.shape for name, sample in sent.items()})
+        if (difference := find_mismatch(sent, as_held(shown, sent, self._dtype))) is not None:
             raise WeightMismatchError(
                 f"SGLang at {self._client.url} does not hold the weights of version {version}: {difference}"
             )
@@ -123,20 +122,27 @@ def target_of(info: Mapping[str, Any]) -> WeightTarget:
     return WeightTarget(dtype=dtype, ranks=int(info.get("tp_size") or 1))
 
 
-def as_held(shown: Mapping[str, list[float]], dtype: str) -> Callable[[str], torch.Tensor | None]:
-    """The server's values, which it shows as float32, in the type that it holds them in.
+def as_held(shown: Shown, sent: Fingerprint, dtype: str) -> Callable[[str], torch.Tensor | None]:
+    """The server's samples, which it shows as float32, in the type that it holds them in, NaN where it holds nothing.
 
-    A server whose dtype is `auto` holds bfloat16 or float16: whichever all of the values fit into.
+    A server whose dtype is `auto` holds bfloat16 or float16: whichever all of the values fit into.  Of a server that does
+    not show everything, only what it shows is looked at.
     """
     import torch
 
     def all_fit(candidate: torch.dtype) -> bool:
-        return all(torch.equal(values, values.to(candidate).float()) for values in tensors.values())
+        values = torch.tensor([value for held in shown.values.values() for value in held.values()])
+        return torch.equal(values, values.to(candidate).float())
 
-    tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in shown.items() if values}
-    names = {"half": "float16", "float": "float32"}
     if dtype == "auto":
         held_as = next((d for d in (torch.bfloat16, torch.float16) if all_fit(d)), torch.float32)
     else:
-        held_as = getattr(torch, names.get(dtype, dtype))
-    return lambda name: tensors[name].to(held_as) if name in tensors else None
+        held_as = getattr(torch, {"half": "float16", "float": "float32"}.get(dtype, dtype))
+
+    def held(name: str) -> torch.Tensor | None:
+        if not (own := shown.values.get(name)):
+            return None
+        unseen = [float("nan")] * len(sent[name].values) if shown.whole else sent[name].values
+        return torch.tensor([own.get(i, value) for i, value in enumerate(unseen)], dtype=torch.float32).to(held_as)
+
+    return held

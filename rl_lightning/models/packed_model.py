@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.attention import register_packed_attention
+from rl_lightning.models.checkpointing import Checkpointing, checkpoint_layers, level_of
 from rl_lightning.models.linear import accelerate_linears
 from rl_lightning.models.logprobs import token_logprobs
 from rl_lightning.models.sharded_loading import WeightFiles, empty_model
@@ -81,10 +82,11 @@ def _prepare(model: Any) -> None:
     turn_off_dropout(model)
 
 
-def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """The model in training mode; where wanted it computes activations again in the backward pass instead of keeping them."""
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool | Checkpointing) -> PreTrainedModel:
+    """The model in training mode, its activations checkpointed; `auto` is decided when training starts and memory is known."""
+    level = level_of(gradient_checkpointing)
+    if level != "auto":
+        checkpoint_layers(model, level)
     return model.train()
 
 
@@ -108,11 +110,12 @@ def score_targets(
 
 def _score_targets(model: Any, micro: MicroBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
+    one_to_one = not micro.layout.shared and len(micro.predictors) == len(micro.targets)
     return token_logprobs(
         hidden_states(model, micro),
         head.weight,
         micro.targets,
-        rows=micro.rows,
+        rows=None if one_to_one else micro.rows,
         bias=head.bias,
         temperature=temperature,
         with_entropy=with_entropy,

@@ -98,8 +98,9 @@ class Sharding:
                 f"tensor_parallel_size={size} does not divide the model's {heads} attention heads and {kv_heads} key-value "
                 f"head{'s' * (kv_heads != 1)}"
             )
-        plan: dict[str, str] | None = model.config.base_model_tp_plan
-        unknown = set((plan or {}).values()) - {"colwise", "rowwise", PARTIAL_GRADIENT}
+        whole_plan: dict[str, str] = model.config.base_model_tp_plan or {}
+        plan = {pattern: style for pattern, style in whole_plan.items() if pattern.startswith("layers.")}
+        unknown = set(plan.values()) - {"colwise", "rowwise", PARTIAL_GRADIENT}
         if not plan or unknown:
             lacks = f"asks for {', '.join(sorted(unknown))}" if unknown else "has no plan for it"
             raise ValueError(
@@ -161,6 +162,12 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank: a collective; any other as it is."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def piece_size(tensor: Tensor) -> int:
+    """How many of a tensor's numbers this rank holds."""
+    sharded: Any = tensor
+    return int(sharded.to_local().numel()) if is_sharded(tensor) else tensor.numel()
 
 
 def piece_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.packed_model import hidden_states, load_packed, prepare_training
 from rl_lightning.models.sharding import Sharding, run_packed
 
@@ -22,7 +23,7 @@ class ValueModel(nn.Module):
     Args:
         path: folder or hub name of a language model, a critic or a reward model.
         dtype: of its weights.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: see `LanguageModule`.
         sharding: how it is cut over ranks; None: all of it is here.
 
     Raises:
@@ -30,7 +31,12 @@ class ValueModel(nn.Module):
     """
 
     def __init__(
-        self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False, sharding: Sharding | None = None
+        self,
+        path: str,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool | Checkpointing = False,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForTokenClassification

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rl_lightning.models.sharding import by_mesh, whole
+from rl_lightning.modules.master_weights import MasterWeights
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class OptimizerConfig:
         eps: AdamW's epsilon.
         weight_decay: on matrices; vectors (norms, biases) are not decayed.
         gradient_clipping: largest norm of the gradient over all parameters; 0 for none.
+        master_weights: keep float32 copies of half-precision weights, and update those; of no effect on float32 weights.
     """
 
     lr: float = 2e-5
@@ -38,6 +40,7 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.05
     gradient_clipping: float = 1.0
+    master_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.lr < 0 or self.gradient_clipping < 0:
@@ -57,7 +60,9 @@ class OptimizerConfig:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-        return AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained)
+        kind = MasterWeights if self.master_weights and is_half else AdamW
+        return kind([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def make_scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
         """The schedule over `total_steps` training steps (infinite if unknown); stepped once after each."""
@@ -73,6 +78,11 @@ class OptimizerConfig:
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         shape = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
+
+
+def trained_by(optimizer: Optimizer) -> list[Tensor]:
+    """What `optimizer` updates, where its gradients are: the model's parameters, or their float32 copies."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:

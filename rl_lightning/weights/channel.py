@@ -20,7 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rl_lightning.weights.transport import Fingerprint, Refusal, no_refusal
+from rl_lightning.weights.transport import Fingerprint, Refusal, Sample, no_refusal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -114,7 +114,9 @@ class SyncChannel:
             SyncFailed: the trainer gave up.
         """
         told = self._poll("fingerprint")
-        return None if told is None else json.loads(told)
+        if told is None:
+            return None
+        return {name: Sample(tuple(shape), tuple(values)) for name, (shape, values) in json.loads(told).items()}
 
     def fail(self, reason: str) -> None:
         """Either: this transfer will not happen."""

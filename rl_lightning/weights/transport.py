@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rl_lightning.weights.source import WeightSource
 
-Fingerprint = Mapping[str, tuple[float, ...]]
-"""The first values of some parameters, by their Hugging Face name, exactly as the engine must hold them."""
+
+class Sample(NamedTuple):
+    """Some values of one parameter: those at `weights.fingerprint.sampled_positions`."""
+
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+Fingerprint = Mapping[str, Sample]
+"""Samples of some parameters, by their Hugging Face name, exactly as the engine must hold them."""
 
 
 Refusal = Callable[[], str | None]

@@ -21,7 +21,7 @@ from rl_lightning.models.tiny import character_tokenizer, write_tiny_model
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
 from rl_lightning.weights.object_store import ObjectStoreTransport
 from rl_lightning.weights.source import NamedWeights
-from rl_lightning.weights.transport import WeightTarget
+from rl_lightning.weights.transport import Sample, WeightTarget
 
 VOCABULARY = len(character_tokenizer())
 
@@ -381,9 +381,10 @@ def test_a_wrong_fingerprint_closes_the_engine_until_a_good_update(tiny: Path) -
             running = asyncio.create_task(engine.generate(request))
             await until(lambda: batch_of(engine).running, "the request to run")
             good = staged(1, perturbed(reference(tiny), 1))
-            name, values = next(iter(good.fingerprint.items()))
+            name, (shape, values) = next(iter(good.fingerprint.items()))
+            wrong = Sample(shape, (values[0] + 1, *values[1:]))
             with pytest.raises(WeightMismatchError, match=name):
-                await engine.update_weights(replace(good, fingerprint={name: (values[0] + 1, *values[1:])}))
+                await engine.update_weights(replace(good, fingerprint={name: wrong}))
             for waiting in (running, engine.generate(request), engine.health()):
                 with pytest.raises(EngineError, match="version 1"):
                     await waiting

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import DistributedTransport, describe, flatten, unbound_default_group
-from rl_lightning.weights.fingerprint import find_mismatch
+from rl_lightning.weights.fingerprint import find_mismatch, pick, sampled_positions, take_fingerprint
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.transport import WeightTarget
 
@@ -77,7 +79,25 @@ def test_weights_travel_in_the_engines_dtype_where_that_is_smaller(tmp_path: Pat
         [update, _] = transport.stage(version, NamedWeights(WEIGHTS), [WeightTarget("x", dtype) for dtype in dtypes])
         held = load_file(next(Path(update.payload["path"]).glob("*.safetensors")))
         assert {name: tensor.dtype for name, tensor in held.items()} == {"a": expected, "b": torch.bfloat16, "c": expected}
-        assert update.fingerprint is not None and find_mismatch(update.fingerprint, held.get) is None
+        samples = {name: pick(tensor) for name, tensor in held.items()}
+        assert update.fingerprint is not None and find_mismatch(update.fingerprint, samples.get) is None
+
+
+@given(st.integers(1, 3000))
+def test_samples_are_in_order_and_reach_from_the_first_value_to_the_last(count: int) -> None:
+    places = sampled_positions(count)
+    assert places == sorted(set(places)) and places[0] == 0 and places[-1] == count - 1
+    assert all(b - a <= -(-count // 400) for a, b in zip(places, places[1:], strict=False))
+
+
+def test_a_mismatch_is_named() -> None:
+    sent = take_fingerprint(NamedWeights(WEIGHTS))
+    held = {name: pick(tensor) for name, tensor in WEIGHTS}
+    assert find_mismatch(sent, held.get) is None
+    assert "no parameter c" in str(find_mismatch(sent, {**held, "c": None}.get))
+    assert "a differs in 1 of 6" in str(find_mismatch(sent, {**held, "a": torch.tensor([0.0, 1, 2, 3, 4, 6])}.get))
+    assert "b differs in 4 of 4" in str(find_mismatch(sent, {**held, "b": torch.full((4,), float("nan"))}.get))
+    assert "c has another size" in str(find_mismatch(sent, {**held, "c": torch.zeros(2)}.get))
 
 
 def test_engines_of_several_gpus_take_as_many_ranks(transport: DistributedTransport) -> None:
