@@ -48,6 +48,7 @@ MEASURES = {
     "staleness": "staleness",
     "staleness_max": "at most",
     "logprob_diff": "engine - trainer (nats)",
+    "graphs": "graphs compiled",
 }
 CLOSING_S = 15.0
 """Kept back from the budget for ending all processes."""
@@ -88,7 +89,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
     parser.add_argument("--transport", help="weight_transport; distributed apart and disk colocated by default")
     parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: where memory is short")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
+    parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
     parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "async_vs_sync.log")
@@ -102,8 +104,7 @@ def parse() -> argparse.Namespace:
     args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
     args.transport = args.transport or ("distributed" if apart and not args.cpu else "disk")
     args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
-    if args.checkpointing is None:
-        args.checkpointing = not args.cpu and (args.shape == "1.7b" or not apart)
+    args.checkpointing = args.checkpointing or ("none" if args.cpu or (apart and args.shape == "0.6b") else "full")
     args.out = args.out or ROOT / "docs" / "benchmarks" / f"async_vs_sync_{args.layout}.json"
     return args
 
@@ -185,6 +186,7 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, float]:
         result["engine_idle"] = max(0.0, sum(step["engine_idle_s"] for step in steps) / seconds)
     if "paused_s" in steps[0]:
         result["paused_s"] = median(step["paused_s"] for step in steps)
+        result["graphs"] = sum(step["graphs"] for step in steps)
         result["staleness_max"] = max(step["staleness_max"] for step in steps)
     return {"n_steps": len(steps), **{name: round(value, 4) for name, value in result.items()}}
 

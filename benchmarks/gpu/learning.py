@@ -155,7 +155,8 @@ def run(args: argparse.Namespace, model: Path, engine: Engine, eta: int, curve: 
     """PPO at one eta, to the last step or as long as there is time."""
     pl.seed_everything(1)
     ppo = PPOConfig(n_minibatches=4, group_adv_norm=True)
-    module = AsyncPPOModule(str(model), optimizer=OptimizerConfig(lr=args.lr, schedule="linear"), ppo=ppo)
+    optimizer = OptimizerConfig(lr=args.lr, schedule="linear")
+    module = AsyncPPOModule(str(model), optimizer=optimizer, ppo=ppo, compile=False)  # which takes longer than it saves here
     trainer = pl.Trainer(
         accelerator="cpu" if args.cpu else "gpu",
         devices=1,
