@@ -128,10 +128,12 @@ def training_times(trainer: Any, pl_module: Any) -> dict[str, float]:
     seen, synced = pl_module.step_statistics, trainer.callback_metrics
     if not seen:
         return {}
+    training = {"update_s": seen["time/recompute"] + seen["time/update"], "graphs": seen["compiled_graphs"]}
+    if trainer.datamodule is None:
+        return training
     names = {"staleness": "head_offpolicyness", "staleness_max": "head_offpolicyness_max", "logprob_diff": "engine_logprob_diff"}
     return {
-        "update_s": seen["time/recompute"] + seen["time/update"],
-        "graphs": seen.get("compiled_graphs", 0.0),
+        **training,
         "sync_s": float(synced.get("time/weight_sync", 0.0)),
         "paused_s": float(synced.get("time/generation_paused", 0.0)),
         **{name: seen[source] for name, source in names.items() if source in seen},

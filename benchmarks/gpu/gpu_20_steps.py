@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from shared_server import ON_GPU  # noqa: E402
 from turn import kill_tree  # noqa: E402
 
@@ -32,6 +32,11 @@ logger = logging.getLogger("gpu_20_steps")
 
 RECIPE = ROOT / "recipes" / "async_ppo_0.6b_gpu2.yaml"
 STEPS = 20
+TITLE = "Twenty steps through the command line on two GPUs"
+ABOUT = """`rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`: a Qwen3-0.6B shape of random weights, one GPU generates
+and one trains. {:.0f} s in all, the start of Ray, engine and trainer among them; it ended with status {}."""
+LEGEND = """The mean is of the steps from {} on. Times of the weights are those of the step itself; the first step has the
+engine's start in its time. Towards the end the engine has generated all that the run needs, and stands still."""
 STOP_S = 30.0
 """For a run that takes too long to end by itself."""
 
@@ -79,9 +84,10 @@ def main() -> None:
         "ended_with": code,
     }
     document |= {"seconds_in_all": round(seconds, 1), "mean_from_step": args.warmup + 1, "mean": means(steps[args.warmup :])}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**document, "steps": steps}, indent=1) + "\n")
-    logger.info("%s", table(steps, document["mean"]))
+    rows = table(steps, document["mean"])
+    about = ABOUT.format(document["seconds_in_all"], code)
+    write_results(args.out, {**document, "steps": steps}, TITLE, about, rows, LEGEND.format(args.warmup + 1))
+    logger.info("%s", rows)
     if code or len(steps) != STEPS:
         raise SystemExit(f"{len(steps)} of {STEPS} steps, status {code}")
 
@@ -151,7 +157,7 @@ def table(steps: list[dict[str, float]], mean_step: dict[str, float]) -> str:
     lines = [f"| step | {' | '.join(SCALARS.values())} |", "|---" * (len(SCALARS) + 1) + "|"]
     rows: list[tuple[Any, dict[str, float]]] = [(int(step["step"]), step) for step in steps]
     for name, row in [*rows, ("mean", mean_step)]:
-        lines.append(f"| {name} | {' | '.join(f'{row[key]:,.4g}' if key in row else '-' for key in SCALARS)} |")
+        lines.append(f"| {name} | {' | '.join(shown(row[key]) if key in row else '-' for key in SCALARS)} |")
     return "\n".join(lines)
 
 
