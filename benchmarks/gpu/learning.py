@@ -212,9 +212,10 @@ def about(args: argparse.Namespace, imitation: dict[str, Any]) -> str:
     end, size = imitation["curve"][-1], imitation["parameters"] / 1e6
     return (
         f"A model of {size:.1f} M parameters, from scratch on reasoning-gym's `{TASK}`. Imitation ended after "
-        f"{end['seconds']:.0f} s, at a mean probability of the right answer of {end['accuracy']:.2f}. Then PPO with {args.prompts} prompts x "
-        f"{args.answers} answers and 4 updates a step, learning rate {args.lr:g} falling to 0, engine and trainer on one device. "
-        f"Right is the share of 256 other questions, answered once each; validation is part of the seconds."
+        f"{end['seconds']:.0f} s, at a mean probability of the right answer of {end['accuracy']:.2f}. Then PPO, "
+        f"{args.prompts} prompts x {args.answers} answers and 4 updates a step, learning rate {args.lr:g} falling to 0, with "
+        f"engine and trainer on one device. Right is the share of 256 other questions, answered once each; validation is part "
+        f"of the seconds."
     )
 
 
