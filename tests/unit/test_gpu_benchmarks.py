@@ -50,6 +50,11 @@ def test_the_table_compares_with_eta_0_and_with_the_bound() -> None:
     assert len({row.count("|") for row in rows}) == 1
 
 
+def test_the_rival_is_two_gpus_of_one_that_does_both() -> None:
+    document = {"command": "python ...", "turns": {"0": {"tokens_per_s": 5.0, "seconds": 2.0}, "4": {"tokens_per_s": 6.0}}}
+    assert async_vs_sync.rival(document) == {"tokens_per_s": 10.0, "seconds": 2.0, "command": "python ..."}
+
+
 def test_only_the_workers_own_lines_are_read() -> None:
     lines = ["Seed set to 1\n", '{"turn": "4", "step": 1}\n', '{"other": 1}\n', '{"turn": "4", "took_s": 2.0}\n']
     assert list(async_vs_sync.reports(lines)) == [{"turn": "4", "step": 1}, {"turn": "4", "took_s": 2.0}]
