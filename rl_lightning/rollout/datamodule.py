@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings
+from rl_lightning.rollout.controller import ControllerSettings, RolloutError
 from rl_lightning.rollout.loader import EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from rl_lightning.rollout.fleet import RolloutFleet
 
 logger = logging.getLogger(__name__)
+
+STOP_S = 10.0
+STOP_AFTER_FAILURE_S = 3.0
 
 
 class RolloutDataModule(LightningDataModule):
@@ -67,6 +72,10 @@ class RolloutDataModule(LightningDataModule):
         validation_group_size: answers to each validation prompt.
         validation_generation: how they are sampled; None is as in training.
         ray_init: arguments of `ray.init`, for a trainer whose strategy does not bring a Ray cluster.
+
+    Attributes:
+        fleet: controller and workers; None before they start and after they ended.
+        keeps_fleet: whether the driver of a RayStrategy keeps them when the trainer fails, for `adopt`.
 
     Raises:
         ValueError: options that contradict each other; the message names both.
@@ -134,6 +143,7 @@ class RolloutDataModule(LightningDataModule):
         self.validation_generation = validation_generation or generation
         self.ray_init = ray_init
         self.fleet: RolloutFleet | None = None
+        self.keeps_fleet = False
         self.resync: Resync | None = None
         self._loaded = self._connected = False
         self._warn_of_bias()
@@ -167,18 +177,46 @@ class RolloutDataModule(LightningDataModule):
     # -- LightningDataModule
 
     def setup(self, stage: str) -> None:
-        """Starts controller and workers on rank 0; the engines load while the trainer builds its model."""
+        """Starts controller and workers on rank 0, unless the driver has; they load while the trainer builds its model."""
+        if self.fleet is None:
+            self._check(stage)
+            fleet = self._launch() if self._trainer.is_global_zero else None
+            shared = self._trainer.strategy.broadcast(fleet)
+            self.fleet = fleet or shared
+        assert self.fleet is not None
+        self.fleet.restores = self._trainer.is_global_zero
+
+    # -- Companion: where RayStrategy trains, the engines belong to its driver and outlive the ranks
+
+    def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
+        """Starts controller and workers, or has those of an earlier attempt begin anew."""
+        self.trainer = trainer
+        self._check("fit" if trainer.state.fn == TrainerFn.FITTING else "")
         if self.fleet is not None:
+            try:
+                self.fleet.begin()
+                logger.info("the engines of the attempt before are kept")
+            except RolloutError as error:
+                logger.warning("the engines are started again: %s", error)
+                self.fleet.stop()
+                self.fleet = None
+        self.fleet = self.fleet or self._launch()
+        return self.fleet
+
+    def end_on_driver(self, error: BaseException | None) -> None:
+        """Ends the engines, unless the trainer alone failed and another attempt is to come."""
+        if self.fleet is None or (error is not None and self.keeps_fleet and self._may_keep_fleet(error)):
             return
-        self.check_inputs()
-        world_size = self._ranks()[1]
-        self._check_shares(world_size)
-        module: Any = self._trainer.lightning_module
-        if stage == "fit" and hasattr(module, "check_data"):
-            module.check_data(self, world_size)
-        fleet = self._launch() if self._trainer.is_global_zero else None
-        shared = self._trainer.strategy.broadcast(fleet)
-        self.fleet = fleet or shared
+        self.fleet.stop(STOP_S if error is None else STOP_AFTER_FAILURE_S)
+        self.fleet = None
+
+    def join(self, shared: RolloutFleet) -> None:
+        """This rank's way to the engines."""
+        self.fleet = shared
+
+    def adopt(self, before: RolloutDataModule) -> None:
+        """Takes the engines that the data module of a failed attempt has kept."""
+        self.fleet, before.fleet = before.fleet, None
 
     def train_dataloader(self) -> RolloutLoader:
         """This rank's batches of one epoch."""
@@ -221,6 +259,7 @@ class RolloutDataModule(LightningDataModule):
         """Goes on at the saved position; open prompts are answered again first."""
         if self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
             self.fleet.call("load_state_dict", state_dict["rollouts"])
+            self.fleet.state = state_dict["rollouts"]
 
     # -- for callbacks
 
@@ -229,6 +268,22 @@ class RolloutDataModule(LightningDataModule):
         return self.fleet.call("statistics") if self.fleet is not None else {}
 
     # -- inside
+
+    @staticmethod
+    def _may_keep_fleet(error: BaseException) -> bool:
+        """Whether nothing of the fleet's own is wrong."""
+        from rl_lightning.failure import find_cause, may_be_mended_by_restart
+
+        return isinstance(error, Exception) and may_be_mended_by_restart(error) and find_cause(error, (RolloutError,)) is None
+
+    def _check(self, stage: str) -> None:
+        """What can be wrong with the data, before an engine starts."""
+        self.check_inputs()
+        world_size = self._ranks()[1]
+        self._check_shares(world_size)
+        module: Any = self._trainer.lightning_module
+        if stage == "fit" and hasattr(module, "check_data"):
+            module.check_data(self, world_size)
 
     def _check_shares(self, world_size: int) -> None:
         if self.batch_size % world_size:
@@ -259,12 +314,13 @@ class RolloutDataModule(LightningDataModule):
         return RolloutFleet.launch(
             settings,
             self._controller_settings(),
-            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter),
+            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter, folder=os.getcwd()),
             PromptSource(self.prompts, self.seed, self.shuffle),
             self.validation_prompts,
             self.engine,
             self.workflow,
             pool,
+            getattr(self._trainer.strategy, "env_vars", {}),
         )
 
     def _controller_settings(self) -> ControllerSettings:

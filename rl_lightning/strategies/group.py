@@ -52,7 +52,7 @@ class GroupSettings:
 
 
 class WorkerGroup:
-    """Starts on construction and is up when the constructor returns; `stop` ends it, at once and always.
+    """Has its places on the cluster when the constructor returns; `start` fills them, `stop` ends it, at once and always.
 
     Args:
         settings: its size.
@@ -74,28 +74,12 @@ class WorkerGroup:
         self._bundles = placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
         try:
             self._await_bundles()
-            self._start()
         except BaseException:
             self.stop()
             raise
 
-    def ranks(self, store_timeout_s: float) -> list[Rank]:
-        """The ranks, once rank 0 has opened the store that they meet at."""
-        port = ray.get(self.workers[0].open_store.remote(len(self.workers), store_timeout_s), timeout=60)
-        return number(self.places, port)
-
-    def stop(self) -> None:
-        """Kills the actors, and with them the actors that they own. Idempotent."""
-        for worker in self.workers:
-            ray.kill(worker)
-        self.workers = []
-        remove_placement_group(self._bundles)
-
-    def _await_bundles(self) -> None:
-        while not self._bundles.wait(POLL_S):
-            self._wait_on("to be placed", self._settings.num_workers)
-
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts the actors; returns when all are up."""
         strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_capture_child_tasks=False)
         actor = ray.remote(TrainWorker).options(
             num_cpus=self._settings.num_cpus,
@@ -113,6 +97,22 @@ class WorkerGroup:
             raise RayWorkerError(f"a training worker did not start: {str(error).strip()}", cause=error) from error
         order = in_order(places, ray.get_runtime_context().get_node_id())
         self.workers, self.places = [self.workers[i] for i in order], [places[i] for i in order]
+
+    def ranks(self, store_timeout_s: float) -> list[Rank]:
+        """The ranks, once rank 0 has opened the store that they meet at."""
+        port = ray.get(self.workers[0].open_store.remote(len(self.workers), store_timeout_s), timeout=60)
+        return number(self.places, port)
+
+    def stop(self) -> None:
+        """Kills the actors, and with them the actors that they own. Idempotent."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        remove_placement_group(self._bundles)
+
+    def _await_bundles(self) -> None:
+        while not self._bundles.wait(POLL_S):
+            self._wait_on("to be placed", self._settings.num_workers)
 
     def _wait_on(self, what: str, missing: int) -> None:
         self._check()

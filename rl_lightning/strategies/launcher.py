@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
+from rl_lightning.strategies.companion import find_companion
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from rl_lightning.strategies.ray import RayStrategy
 
 logger = logging.getLogger(__name__)
-
 
 
 class RayLauncher(_Launcher):
@@ -82,11 +83,27 @@ class RayLauncher(_Launcher):
             self._strategy.start_timeout_s,
         )
         logger.info("starting %s", settings)
+        companion = find_companion((*args, *kwargs.values()))
+        if companion is None:
+            return self._train(settings, job, signals, lambda: None)
+        try:
+            result = self._train(settings, job, signals, lambda: companion.start_on_driver(trainer))
+        except BaseException as error:
+            companion.end_on_driver(error)
+            raise
+        companion.end_on_driver(None)
+        return result
+
+    def _train(
+        self, settings: GroupSettings, job: Job, signals: StopSignals, start_companion: Callable[[], Any]
+    ) -> RunResult | None:
         channel = start_channel(settings.num_workers)
         try:
             group = WorkerGroup(settings, signals.check)
             try:
-                return self._watch(group, channel, job, signals)
+                shared = start_companion()
+                group.start()
+                return self._watch(group, channel, replace(job, shared=shared), signals)
             finally:
                 group.stop()
         finally:

@@ -1,0 +1,32 @@
+"""Companion: what a run has beside its ranks, and what outlives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+@runtime_checkable
+class Companion(Protocol):
+    """A data module with actors that belong to the driver, not to a rank: a rank that dies does not take them with it.
+
+    RayStrategy finds it among the arguments of `fit`, `validate`, `test` or `predict`.  The first two methods are called on
+    the driver, `join` in every rank on its copy, before the trainer does anything with it.
+    """
+
+    def start_on_driver(self, trainer: Trainer) -> Any:
+        """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them."""
+
+    def end_on_driver(self, error: BaseException | None) -> None:
+        """The ranks have ended, all well or with `error`: ends the actors, or keeps them for the next attempt."""
+
+    def join(self, shared: Any) -> None:
+        """Takes what `start_on_driver` returned."""
+
+
+def find_companion(values: Iterable[Any]) -> Companion | None:
+    """The first companion among `values`."""
+    return next((value for value in values if isinstance(value, Companion)), None)
