@@ -24,7 +24,7 @@ from rl_lightning.types import Prompt
 ROOT = Path(__file__).parents[1]
 WAIT_S = 120.0
 POLL_S = 0.05
-REWARD_S = 0.1
+REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 1000.0, 3.0
 N_PROMPTS = 200
 WORKER, CONTROLLER, RANK = "RolloutWorkerActor", "RolloutControllerActor", "TrainWorker"
 
@@ -33,6 +33,15 @@ def slow_reward(prompt: Prompt, answer: str) -> float:
     """Takes its time, so that a run of small answers lasts long enough to be hurt."""
     time.sleep(REWARD_S)
     return len(answer) % 2
+
+
+def hanging_reward(prompt: Prompt, answer: str) -> float:
+    """The first call that comes after a while hangs; `hung` in the run's folder says that it does."""
+    with contextlib.suppress(FileExistsError):
+        if prompt.query_id.endswith("40"):
+            Path("hung").touch(exist_ok=False)
+            time.sleep(HANG_S)
+    return slow_reward(prompt, answer)
 
 
 class FaultRun:
@@ -122,6 +131,10 @@ class FaultRun:
         path = self.folder / "runs/logs/faults/trial0/rollouts/rank0.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def workers(self) -> set[str]:
+        """Who answered them."""
+        return {answer["worker"] for answer in self.answers()}
 
     def trained(self) -> Counter[int]:
         """How often each prompt group was trained on."""

@@ -65,7 +65,7 @@ class ControllerSettings:
     success_rate_lb: float = 0.0
     success_rate_ub: float = 1.0
     max_rejections: int = 1000
-    lease_timeout_s: float = 1800.0
+    lease_timeout_s: float = 5400.0
     worker_timeout_s: float = 60.0
     policy: SchedulePolicy = "least_token_usage"
     evaluation_group_size: int = 1

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from rl_lightning.rollout.fleet import RolloutFleet
+    from rl_lightning.strategies.demand import Demand
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class RolloutDataModule(LightningDataModule):
         generation: how training answers are sampled.
         engine: an Engine, or `auto`: SGLang where it is installed, else TorchEngine.
         num_engines: rollout workers, each with one engine.
+        min_engines: as many must be ready before training starts, the others join when Ray has resources for them: where a
+            node is added or comes back. null is all of them.
         cpus_per_engine: Ray CPUs of one worker.
         gpus_per_engine: Ray GPUs of one worker; None is 1 where Ray has GPUs, else 0.
         max_head_offpolicyness: eta, most versions between an answer's first token and its training step; 0 is synchronous.
@@ -61,7 +64,8 @@ class RolloutDataModule(LightningDataModule):
         workflow: how a prompt becomes answers; single turn by default.
         weight_transport: how weights reach the engines; `auto` is the engine's preferred way.
         sync_timeout_s: longest time for one weight update (AReaL: `flush_request_timeout`).
-        batch_timeout_s: longest wait for a batch.
+        batch_timeout_s: longest wait for a batch; above `lease_timeout_s`, so that a prompt whose answers hang can be answered
+            by another worker.
         lease_timeout_s: longest time for one prompt's answers.
         start_timeout_s: until all engines are ready.
         worker_timeout_s: silence after which a worker's prompts go to others.
@@ -91,6 +95,7 @@ class RolloutDataModule(LightningDataModule):
         generation: SamplingParams = SamplingParams(),
         engine: Engine | Literal["auto"] = "auto",
         num_engines: int = 1,
+        min_engines: int | None = None,
         cpus_per_engine: float = 1,
         gpus_per_engine: float | None = None,
         max_head_offpolicyness: int = 4,
@@ -105,8 +110,8 @@ class RolloutDataModule(LightningDataModule):
         workflow: Workflow | None = None,
         weight_transport: Literal["auto", "disk", "object_store", "distributed"] = "auto",
         sync_timeout_s: float = 300.0,
-        batch_timeout_s: float = 1800.0,
-        lease_timeout_s: float = 1800.0,
+        batch_timeout_s: float = 10800.0,
+        lease_timeout_s: float = 5400.0,
         start_timeout_s: float = 300.0,
         worker_timeout_s: float = 60.0,
         reward_timeout_s: float = 8.0,
@@ -122,6 +127,8 @@ class RolloutDataModule(LightningDataModule):
             raise ValueError(
                 "rewards is empty: give at least one, e.g. rewards: [{reward: rl_lightning.rewards.exact.exact_match}]"
             )
+        if min_engines is not None and not 1 <= min_engines <= num_engines:
+            raise ValueError(f"min_engines={min_engines} must be between 1 and num_engines={num_engines}, or null for all")
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1 answer per prompt")
         if not 0 <= success_rate_lb <= success_rate_ub <= 1:
@@ -131,6 +138,7 @@ class RolloutDataModule(LightningDataModule):
         self.batch_size, self.group_size, self.generation = batch_size, group_size, generation
         self.engine: Engine = make_engine() if engine == "auto" else engine
         self.num_engines, self.cpus_per_engine, self.gpus_per_engine = num_engines, cpus_per_engine, gpus_per_engine
+        self.min_engines = num_engines if min_engines is None else min_engines
         self.shuffle, self.seed, self.schedule_policy = shuffle, seed, schedule_policy
         self.success_rates = (success_rate_lb, success_rate_ub)
         self.group_filter, self.max_rejections = group_filter, max_rejections
@@ -187,6 +195,14 @@ class RolloutDataModule(LightningDataModule):
         self.fleet.restores = self._trainer.is_global_zero
 
     # -- Companion: where RayStrategy trains, the engines belong to its driver and outlive the ranks
+
+    def demand(self) -> Demand:
+        """What the engines need that must be there; those of an earlier attempt have theirs, as far as they live."""
+        from rl_lightning.strategies.demand import Demand
+
+        each = {"CPU": self.cpus_per_engine, "GPU": self._gpus_per_engine()}
+        options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
+        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
 
     def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
         """Starts controller and workers, or has those of an earlier attempt begin anew."""
@@ -308,8 +324,10 @@ class RolloutDataModule(LightningDataModule):
 
         self._connected = not ray.is_initialized()
         connect(self.ray_init)
-        settings = FleetSettings(self.num_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s)
-        room = math.ceil(self.gate.max_concurrent_rollouts / self.num_engines)
+        settings = FleetSettings(
+            self.num_engines, self.min_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s
+        )
+        room = math.ceil(self.gate.max_concurrent_rollouts / self.min_engines)
         pool = RewardPool(self.rewards, self.reward_processes, self.reward_timeout_s, self.reward_memory_gb)
         return RolloutFleet.launch(
             settings,

@@ -68,11 +68,13 @@ class FleetSettings:
 
     Attributes:
         num_engines: rollout workers, each with one engine.
+        min_engines: as many must be ready before the trainer starts; the others join whenever Ray has a place for them.
         cpus_per_engine, gpus_per_engine: Ray resources of one worker.
         start_timeout_s: until every engine is ready.
     """
 
     num_engines: int
+    min_engines: int
     cpus_per_engine: float
     gpus_per_engine: float
     start_timeout_s: float
@@ -124,7 +126,7 @@ class RolloutFleet:
         name = f"rollout-controller-{uuid.uuid4().hex[:8]}"
         options = {"name": name, "num_cpus": 0, "runtime_env": env, "max_restarts": -1, "scheduling_strategy": beside_me()}
         handle = ray.remote(RolloutControllerActor).options(**options).remote(source, controller, validation)
-        fleet = cls(handle, settings, wanted=settings.num_engines)
+        fleet = cls(handle, settings, wanted=settings.min_engines)
         actor = ray.remote(RolloutWorkerActor).options(
             num_cpus=settings.cpus_per_engine,
             num_gpus=settings.gpus_per_engine,

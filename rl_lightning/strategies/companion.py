@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from rl_lightning.strategies.demand import Demand
+
 
 @runtime_checkable
 class Companion(Protocol):
     """A data module with actors that belong to the driver, not to a rank: a rank that dies does not take them with it.
 
-    RayStrategy finds it among the arguments of `fit`, `validate`, `test` or `predict`.  The first two methods are called on
-    the driver, `join` in every rank on its copy, before the trainer does anything with it.
+    RayStrategy finds it among the arguments of `fit`, `validate`, `test` or `predict`.  `join` is called in every rank on its
+    copy, before the trainer does anything with it, the other methods on the driver.
     """
+
+    def demand(self) -> Demand:
+        """What the actors ask of the cluster that the driver has joined."""
 
     def start_on_driver(self, trainer: Trainer) -> Any:
         """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them."""

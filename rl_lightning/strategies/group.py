@@ -12,7 +12,8 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rl_lightning.strategies.cluster import describe, started_here
+from rl_lightning.strategies.cluster import describe
+from rl_lightning.strategies.demand import Demand
 from rl_lightning.strategies.environment import Rank
 from rl_lightning.strategies.failures import RayWorkerError
 from rl_lightning.strategies.worker import Place, TrainWorker
@@ -45,6 +46,11 @@ class GroupSettings:
     def bundle(self) -> dict[str, float]:
         """Resources of one worker."""
         return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
+
+    @property
+    def demand(self) -> Demand:
+        """What all workers together ask of the cluster."""
+        return Demand("trainer rank", self.num_workers, self.bundle, "num_workers, num_cpus_per_worker, num_gpus_per_worker")
 
     def __str__(self) -> str:
         each = " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in self.bundle.items())
@@ -117,17 +123,11 @@ class WorkerGroup:
     def _wait_on(self, what: str, missing: int) -> None:
         self._check()
         now = time.monotonic()
-        if now - self._began_at > self._settings.start_timeout_s or (what == "to be placed" and not self._could_fit()):
+        if now - self._began_at > self._settings.start_timeout_s:
             raise RayWorkerError(self._complaint(what, missing))
         if now - self._told_at > PROGRESS_S:
             self._told_at = now
             logger.info("waiting for %d of %s %s; cluster %s", missing, self._settings, what, describe())
-
-    def _could_fit(self) -> bool:
-        """False only where the cluster is too small and will not grow."""
-        total = ray.cluster_resources()
-        wanted = {name: amount * self._settings.num_workers for name, amount in self._settings.bundle.items()}
-        return not started_here() or all(total.get(name, 0) >= amount for name, amount in wanted.items())
 
     def _complaint(self, what: str, missing: int) -> str:
         free, waited_s = ray.available_resources(), time.monotonic() - self._began_at

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
 from rl_lightning.strategies.companion import find_companion
+from rl_lightning.strategies.demand import await_resources
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
@@ -84,6 +85,8 @@ class RayLauncher(_Launcher):
         )
         logger.info("starting %s", settings)
         companion = find_companion((*args, *kwargs.values()))
+        demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
+        await_resources(demands, settings.start_timeout_s, signals.check)
         if companion is None:
             return self._train(settings, job, signals, lambda: None)
         try:

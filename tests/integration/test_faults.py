@@ -45,6 +45,17 @@ def test_a_lost_node_costs_time_and_no_prompt_and_its_replacement_works(folder: 
         assert_every_prompt_was_trained_on_once(run)
 
 
+def test_an_engine_that_is_added_while_the_run_is_under_way_gets_work(folder: Path) -> None:
+    with FaultRun(folder, [3], data__num_engines=2, data__min_engines=1) as run:
+        run.wait(lambda: run.steps >= 2, "first steps with one engine")
+        assert len(run.actors(WORKER)) == 1 and run.statistic("rollout/workers_alive") == 1
+        run.add_node(1)
+        run.wait(lambda: run.statistic("rollout/workers_alive") == 2, "second engine")
+        run.finish()
+        assert run.workers() == {"worker 0", "worker 1"}
+        assert_every_prompt_was_trained_on_once(run)
+
+
 def test_a_killed_rank_restarts_the_trainer_and_leaves_the_engines(folder: Path) -> None:
     with FaultRun(folder, [4], data__num_engines=2) as run:
         run.wait(lambda: run.steps >= 5, "first steps")
