@@ -159,8 +159,10 @@ class FaultRun:
         assert self.process.returncode == 0, self.output()
 
     def output(self) -> str:
-        """The end of what the run printed."""
-        return (self.folder / "output").read_text()[-6000:]
+        """The end of what the run printed, without the metrics of every step."""
+        lines = (self.folder / "output").read_text().splitlines()
+        told = [line for line in lines if not line.startswith("    ") and " finishes. " not in line and "Saved the " not in line]
+        return "\n".join(told)[-6000:]
 
     def close(self) -> None:
         """Ends everything that was started here."""

@@ -163,10 +163,11 @@ class RLCLI(LightningCLI):
                     raise
                 logger.error("Failure %d, of which %d are allowed: %s", failures, retries, error, exc_info=True)
             seed_everything(self._options().seed_everything, workers=True)
-            before = self.datamodule
+            before = (self.datamodule, self.trainer.strategy)
             self.instantiate_classes()
-            if hasattr(self.datamodule, "adopt"):
-                self.datamodule.adopt(before)
+            for now, then in zip((self.datamodule, self.trainer.strategy), before, strict=True):
+                if hasattr(now, "adopt"):
+                    now.adopt(then)
             kwargs = self._prepare_subcommand_kwargs("fit")
             kwargs["ckpt_path"] = start_checkpoint(run.checkpoints, self._start_from, resume=True)
             logger.info("Starting again from %s", kwargs["ckpt_path"] or "the beginning")

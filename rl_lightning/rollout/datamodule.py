@@ -219,12 +219,15 @@ class RolloutDataModule(LightningDataModule):
         self.fleet = self.fleet or self._launch()
         return self.fleet
 
-    def end_on_driver(self, error: BaseException | None) -> None:
+    def end_on_driver(self, error: BaseException | None) -> bool:
         """Ends the engines, unless the trainer alone failed and another attempt is to come."""
-        if self.fleet is None or (error is not None and self.keeps_fleet and self._may_keep_fleet(error)):
-            return
+        if self.fleet is None:
+            return False
+        if error is not None and self.keeps_fleet and self._may_keep_fleet(error):
+            return True
         self.fleet.stop(STOP_S if error is None else STOP_AFTER_FAILURE_S)
         self.fleet = None
+        return False
 
     def join(self, shared: RolloutFleet) -> None:
         """This rank's way to the engines."""

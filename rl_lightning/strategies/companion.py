@@ -25,8 +25,8 @@ class Companion(Protocol):
     def start_on_driver(self, trainer: Trainer) -> Any:
         """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them."""
 
-    def end_on_driver(self, error: BaseException | None) -> None:
-        """The ranks have ended, all well or with `error`: ends the actors, or keeps them for the next attempt."""
+    def end_on_driver(self, error: BaseException | None) -> bool:
+        """The ranks have ended, all well or with `error`: ends the actors, or keeps them for the next attempt and says so."""
 
     def join(self, shared: Any) -> None:
         """Takes what `start_on_driver` returned."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl_lightning.strategies.cluster import describe
@@ -63,8 +63,10 @@ class WorkerGroup:
     Args:
         settings: its size.
         check: called again and again while waiting; may raise to give up.
+        reserved: the places of an earlier attempt of the same size, None for new ones.
 
     Attributes:
+        bundles: the placement group. It outlives `stop`, so that nothing else takes the places between two attempts.
         workers: actor handles by rank.
         places: where they are, by rank. Ranks of one node follow each other, and the driver's node comes first.
 
@@ -72,21 +74,21 @@ class WorkerGroup:
         RayWorkerError: not all workers were up in time, or one failed to start; says what the cluster has.
     """
 
-    def __init__(self, settings: GroupSettings, check: Callable[[], None]) -> None:
+    def __init__(self, settings: GroupSettings, check: Callable[[], None], reserved: PlacementGroup | None = None) -> None:
         self._settings, self._check = settings, check
         self._began_at = self._told_at = time.monotonic()
         self.workers: list[Any] = []
         self.places: list[Place] = []
-        self._bundles = placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
+        self.bundles = reserved or placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
         try:
             self._await_bundles()
         except BaseException:
-            self.stop()
+            remove_placement_group(self.bundles)
             raise
 
     def start(self) -> None:
         """Starts the actors; returns when all are up."""
-        strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_capture_child_tasks=False)
+        strategy = PlacementGroupSchedulingStrategy(self.bundles, placement_group_capture_child_tasks=False)
         actor = ray.remote(TrainWorker).options(
             num_cpus=self._settings.num_cpus,
             num_gpus=self._settings.num_gpus,
@@ -114,10 +116,9 @@ class WorkerGroup:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
-        remove_placement_group(self._bundles)
 
     def _await_bundles(self) -> None:
-        while not self._bundles.wait(POLL_S):
+        while not self.bundles.wait(POLL_S):
             self._wait_on("to be placed", self._settings.num_workers)
 
     def _wait_on(self, what: str, missing: int) -> None:

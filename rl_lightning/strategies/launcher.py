@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from ray.util.placement_group import remove_placement_group
 
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
-from rl_lightning.strategies.companion import find_companion
+from rl_lightning.strategies.companion import Companion, find_companion
 from rl_lightning.strategies.demand import await_resources
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
@@ -87,14 +88,12 @@ class RayLauncher(_Launcher):
         companion = find_companion((*args, *kwargs.values()))
         demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
         await_resources(demands, settings.start_timeout_s, signals.check)
-        if companion is None:
-            return self._train(settings, job, signals, lambda: None)
         try:
-            result = self._train(settings, job, signals, lambda: companion.start_on_driver(trainer))
+            result = self._train(settings, job, signals, lambda: companion and companion.start_on_driver(trainer))
         except BaseException as error:
-            companion.end_on_driver(error)
+            self._release(companion, error)
             raise
-        companion.end_on_driver(None)
+        self._release(companion, signals.exception() if result is None else None)
         return result
 
     def _train(
@@ -102,7 +101,9 @@ class RayLauncher(_Launcher):
     ) -> RunResult | None:
         channel = start_channel(settings.num_workers)
         try:
-            group = WorkerGroup(settings, signals.check)
+            reserved, self._strategy.reserved = self._strategy.reserved, None
+            group = WorkerGroup(settings, signals.check, reserved)
+            self._strategy.reserved = group.bundles
             try:
                 shared = start_companion()
                 group.start()
@@ -111,6 +112,13 @@ class RayLauncher(_Launcher):
                 group.stop()
         finally:
             ray.kill(channel)
+
+    def _release(self, companion: Companion | None, error: BaseException | None) -> None:
+        """Gives the places of the ranks back, unless the companion waits for another attempt."""
+        kept = companion is not None and companion.end_on_driver(error)
+        if self._strategy.reserved is not None and not kept:
+            remove_placement_group(self._strategy.reserved)
+            self._strategy.reserved = None
 
     def _watch(self, group: WorkerGroup, channel: Any, job: Job, signals: StopSignals) -> RunResult | None:
         ranks = group.ranks(self._strategy.collective_timeout_s)

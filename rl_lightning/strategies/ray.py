@@ -17,6 +17,8 @@ from rl_lightning.strategies.environment import Rank, RayEnvironment, become_ran
 from rl_lightning.strategies.progress import replace_bars
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from rl_lightning.strategies.channel import EventSender
     from rl_lightning.strategies.stopping import StopGate
 
@@ -44,6 +46,9 @@ class RayStrategy(DDPStrategy):
             empty on the driver and get none: use a checkpoint.
         process_group_backend: of torch.distributed; None is gloo or nccl.
         **kwargs: of DDPStrategy and of torch's DistributedDataParallel.
+
+    Attributes:
+        reserved: the ranks' places on the cluster, kept on the driver between an attempt that failed and the next one.
 
     Raises:
         ValueError: a size that is not positive.
@@ -82,6 +87,7 @@ class RayStrategy(DDPStrategy):
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
         self.collective_timeout_s = collective_timeout_s
         self.return_weights = return_weights
+        self.reserved: PlacementGroup | None = None
         self._rank: Rank | None = None
         self._store: torch.distributed.Store | None = None
         self._sender: EventSender | None = None
@@ -129,6 +135,10 @@ class RayStrategy(DDPStrategy):
         from rl_lightning.strategies.launcher import RayLauncher
 
         self._launcher = RayLauncher(self)
+
+    def adopt(self, before: RayStrategy) -> None:
+        """Takes the places that the strategy of a failed attempt has kept."""
+        self.reserved, before.reserved = before.reserved, None
 
     def set_callbacks_aside(self, trainer: Trainer) -> None:
         """Keeps the driver's callbacks from `on_exception`: they have had it in the workers, and here they would save nothing."""

@@ -39,14 +39,13 @@ class Site:
 
     def ray(self, name: str, cpus: int, *options: str) -> None:
         """`ray start`, which stays until it is ended."""
-        small = [f"--object-store-memory={100 * 2**20}", "--include-dashboard=false"]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--num-cpus={cpus}", "--block", *small, *options]
-        self.start(name, *command, f"--dashboard-agent-listen-port={free_port()}")
+        small = [f"--num-cpus={cpus}", f"--object-store-memory={100 * 2**20}", f"--dashboard-agent-listen-port={free_port()}"]
+        self.start(name, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *small, *options)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + WAIT_S
         while not condition():
-            assert time.monotonic() < deadline, f"no {what} within {WAIT_S:.0f} s: {self.output('run')} {self.output('head')}"
+            assert time.monotonic() < deadline, f"no {what} within {WAIT_S:.0f} s: {[self.output(n) for n in ('run', 'node')]}"
             time.sleep(0.1)
 
     def output(self, name: str) -> str:
@@ -101,7 +100,7 @@ def write_recipe(folder: Path) -> None:
 def test_a_run_joins_by_auto_and_waits_for_the_node_that_is_missing(site: Site) -> None:
     write_recipe(site.folder)
     port = free_port()
-    site.ray("head", 1, "--head", f"--port={port}")
+    site.ray("head", 1, "--head", f"--port={port}", "--include-dashboard=false")
     site.wait(lambda: (site.folder / "ray/ray_current_cluster").exists(), "head node")
     fit = [sys.executable, "-m", "rl_lightning", "fit", "--config", "recipe.yaml", "--trainer.strategy.address", "auto"]
     run = site.start("run", *fit)
