@@ -265,6 +265,7 @@ class AsyncPPOModule(PolicyObjective):
             assert entropy is not None
             if micro.is_empty:
                 return logprobs.sum() * 0.0
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             prox = policy.learn_prox(micro, logprobs) if is_first and policy.keep is None else None
             loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox))
             self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})

@@ -62,6 +62,7 @@ class SFTModule(LanguageModule):
             logprobs, _ = self.score(micro)
             if micro.is_empty:
                 return logprobs.sum() * 0.0
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             statistics.add_sum("loss", -logprobs.detach().double().sum() / normalizer)
             return -logprobs.sum() / normalizer
 
