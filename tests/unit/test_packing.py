@@ -16,6 +16,7 @@ from rl_lightning.batching.balance import balance
 from rl_lightning.batching.collate import collate
 from rl_lightning.batching.micro_batch import make_micro_batch, pack_micro_batches
 from rl_lightning.batching.packing import pack
+from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 
@@ -131,6 +132,6 @@ def test_long_tailed_lengths_fill_their_micro_batches(budget: int, sigma: float)
 
 def test_the_step_says_how_full_its_micro_batches_were(tmp_path: Path) -> None:
     batch = make_batch(prompt_lens=(4, 5), answer_lens=(6, 7), n_groups=3)
-    module = Alone(write_model(tmp_path), max_tokens_per_mb=40, share_prompts=False)
+    module = Alone(write_model(tmp_path), ppo=PPOConfig(n_minibatches=1), max_tokens_per_mb=40, share_prompts=False)
     fit(module, [batch])
     assert module.step_statistics["packing_efficiency"] == pytest.approx(12 * 9 / (3 * 40)), "4 + 6 tokens, the last is not run"
