@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[bool, Checkpointing]] = {
     "eager": (False, "none"),
     "eager+full": (False, "full"),
     "compiled": (True, "none"),
+    "compiled+light": (True, "light"),
     "compiled+selective": (True, "selective"),
     "compiled+full": (True, "full"),
     "compiled+auto": (True, "auto"),
