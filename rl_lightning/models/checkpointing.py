@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from rl_lightning.models.layers import decoder_layers
 from rl_lightning.models.logprobs import CHUNK_LOGITS
 from rl_lightning.models.memory import spare_gpu_bytes
+from rl_lightning.models.sharding import piece_size
 from rl_lightning.models.varlen import ATTENTION_OP
 
 Level = Literal["none", "light", "selective", "full"]
@@ -91,7 +92,7 @@ def activation_bytes(models: Sequence[nn.Module], device: torch.device) -> float
     of float32 weights under autocast, and a chunk of logits with its share of the output layer's gradient.
     """
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
-    owed = sum(p.numel() * (14 if p.dtype == torch.float32 else 18) for p in trained)
+    owed = sum(piece_size(p) * (14 if p.dtype == torch.float32 else 18) for p in trained)
     largest = max((p.numel() for model in models for p in model.parameters()), default=0)
     return 0.9 * spare_gpu_bytes(device) - owed - 4 * largest - 4 * CHUNK_LOGITS["cuda"]
 

@@ -130,7 +130,8 @@ class AsyncPPOModule(PolicyObjective):
         """Loads the actor, and the critic where there is one. Idempotent."""
         super().configure_model()
         if self.critic is None and not self.ppo.disable_value:
-            model = ValueModel(self.critic_path, self.dtype_of_weights, gradient_checkpointing=self.gradient_checkpointing)
+            options: dict[str, Any] = {"gradient_checkpointing": self.gradient_checkpointing, "sharding": self.sharding}
+            model = ValueModel(self.critic_path, self.dtype_of_weights, **options)
             self.critic = Critic(model, value_norm=self.ppo.value_norm, value_eps_clip=self.ppo.value_eps_clip)
 
     def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
@@ -156,7 +157,7 @@ class AsyncPPOModule(PolicyObjective):
         """
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
-        self.check_data(data, self.trainer.world_size)
+        self.check_data(data, self.ranks.size)
         generation = getattr(data, "generation", None)
         if generation is not None:
             self.temperature = 1.0 if generation.greedy else generation.temperature
@@ -164,9 +165,7 @@ class AsyncPPOModule(PolicyObjective):
         if self.ppo.kl_ctl and self.reference is None:
             self.reference = load_reference(self)
             self.speed_up([self.reference.model])
-        if self.reference is not None and self._saved_reference is not None:
-            self.reference.load_state_dict(self._saved_reference)
-        self._saved_reference = None
+        self._restore_reference()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What moves with training beside the weights: the penalty's weight, and a reference that follows the actor."""
@@ -181,6 +180,13 @@ class AsyncPPOModule(PolicyObjective):
             self.kl_ctl = checkpoint.get("kl_ctl", self.kl_ctl)
         if self.ppo.ref_ema_eta is not None:
             self._saved_reference = checkpoint.get("reference")
+            self._restore_reference()
+
+    def _restore_reference(self) -> None:
+        """Once both are there: some strategies read the checkpoint before training is set up, others after."""
+        if self.reference is not None and self._saved_reference is not None:
+            self.reference.load_state_dict(self._saved_reference)
+            self._saved_reference = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout batch: `n_minibatches` updates, one counted step."""
@@ -295,9 +301,7 @@ class AsyncPPOModule(PolicyObjective):
         micro_batches = self.micro_batches(policy.batch, sequences, self.critic_max_tokens_per_mb)
         self.count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
 
-    def _add_loss_statistics(
-        self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]
-    ) -> None:
+    def _add_loss_statistics(self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]) -> None:
         statistics.add_sum(name, loss / self.ppo.n_minibatches)
         for statistic, values in by_token.items():
             statistics.add_values(statistic, values)

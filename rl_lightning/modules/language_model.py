@@ -25,6 +25,7 @@ from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
+from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.statistics import StepStatistics
@@ -87,6 +88,7 @@ class LanguageModule(LightningModule):
         self.share_prompts, self.compiles = share_prompts, compile
         self.lora = None if lora is None else as_config(LoRAConfig, lora)
         self.ranks = DataParallel()
+        self.sharding: Sharding | None = None
         self.temperature = 1.0
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
@@ -108,10 +110,30 @@ class LanguageModule(LightningModule):
         """
         if self.model is not None:
             return
-        model, _ = load_packed(self.path, self.dtype_of_weights)
+        self.sharding = self._choose_sharding()
+        model, _ = load_packed(self.path, self.dtype_of_weights, sharding=self.sharding)
         if self.lora is not None:
             inject_lora(model, self.lora, seed=self.seed)
         self.model = prepare_training(model, gradient_checkpointing=self.gradient_checkpointing)
+
+    def _choose_sharding(self) -> Sharding | None:
+        """As the strategy laid out its ranks; None where every rank holds the whole model."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return None
+        if self.lora is not None:
+            raise ValueError(
+                "lora does not work on a model that is cut over ranks: use the strategy ray or ddp, or lora: null"
+            )
+        if self.dtype_name == "bfloat16":
+            raise ValueError(
+                "dtype=bfloat16 does not work on a model that is cut over ranks: use dtype: float32 and trainer.precision: "
+                "bf16-mixed, which gathers, computes and multiplies in bfloat16"
+            )
+        precision, strategy = self.trainer.precision, self.trainer.strategy
+        sharding = Sharding(mesh, torch.bfloat16 if precision == "bf16-mixed" else None, getattr(strategy, "cpu_offload", False))
+        self.ranks = DataParallel(sharding.data_group)
+        return sharding
 
     def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
         """What is trained, each with its own optimiser; the language model comes first."""
@@ -221,12 +243,15 @@ class LanguageModule(LightningModule):
             The gradient's norm before clipping; None if nothing was updated because there was nothing to learn from or
             `admit` refused. Weights stay as they are as well where the norm is not finite.
         """
-        (_, config), optimizer = self.trained()[of], self._optimizers()[of]
+        (model, config), optimizer = self.trained()[of], self._optimizers()[of]
         optimizer.zero_grad()
         if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
             return None
         trained = trained_by(optimizer.optimizer)
-        self.ranks.sum_gradients(trained)
+        if self.sharding is None:
+            self.ranks.sum_gradients(trained)
+        else:
+            self.sharding.sum_gradients(model)
         norm = clip_gradients(trained, config.gradient_clipping)
         if math.isfinite(norm):
             optimizer.step()
@@ -270,7 +295,7 @@ class LanguageModule(LightningModule):
     def count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
         """Adds to `statistics` what `update` returned: the gradient's norm as `name`, or that nothing was updated."""
         is_finite = norm is not None and math.isfinite(norm)
-        first_rank = self.global_rank == 0  # every rank knows the same: counted once
+        first_rank = self.ranks.index == 0  # every rank knows the same: counted once
         statistics.add_sum("skipped_minibatches", float(first_rank and norm is None))
         statistics.add_sum("nonfinite_gradients", float(first_rank and norm is not None and not is_finite))
         if norm is not None and is_finite:

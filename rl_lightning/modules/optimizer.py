@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from rl_lightning.models.sharding import by_mesh, whole
 from rl_lightning.modules.master_weights import MasterWeights
 
 
@@ -86,8 +87,10 @@ def trained_by(optimizer: Optimizer) -> list[Tensor]:
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scales the gradients in place so that their joint norm is at most `max_norm` (0: no limit); returns the norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(grads))
+    grads = by_mesh(p.grad for p in parameters if p.grad is not None)
+    norms = [whole(nn.utils.get_total_norm(group)) for group in grads]
+    norm = float(nn.utils.get_total_norm(norms))
     if 0 < max_norm < norm < math.inf:
-        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+        for group in grads:
+            torch._foreach_mul_(group, max_norm / (norm + 1e-6))
     return norm

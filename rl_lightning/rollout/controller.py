@@ -264,7 +264,7 @@ class RolloutController:
 
     async def statistics(self) -> dict[str, float]:
         """Counters since the start and gauges of now, for logs."""
-        engine_s = self._roster.total("alive_s")
+        engine_s, busy_s = self._roster.total("alive_s"), self._roster.total("busy_s")
         return {
             "generated_tokens": float(self._counts["answer_tokens"]),
             "groups_running": float(len(self._ledger.running)),
@@ -273,7 +273,8 @@ class RolloutController:
             "groups_abandoned": float(self._ledger.abandoned),
             "groups_requeued": float(self._ledger.requeued),
             "engine_restarts": float(self._roster.restarts),
-            "engine_idle_share": 1.0 - self._roster.total("busy_s") / engine_s if engine_s else 0.0,
+            "engine_busy_s": busy_s,
+            "engine_idle_share": 1.0 - busy_s / engine_s if engine_s else 0.0,
             "workers_alive": float(len(self._roster)),
             **{k: float(self._counts[k]) for k in ("reward_error", "reward_timeout", "reward_memory")},
         }
