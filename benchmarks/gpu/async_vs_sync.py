@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
 from async_vs_sync_turns import ENGINE_ALONE, TRAINER_ALONE, run_turns  # noqa: E402
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
 from shared_server import ON_GPU, SharedServer  # noqa: E402
 from turn import kill_tree, started_process  # noqa: E402
@@ -48,7 +48,12 @@ MEASURES = {
     "staleness": "staleness",
     "staleness_max": "at most",
     "logprob_diff": "engine - trainer (nats)",
+    "graphs": "graphs compiled",
 }
+LEGEND = """Trained tokens include prompts. Idle is the share of time in which the trainer waited for rollouts, and in which the
+engine had nothing at all in flight; that it is half empty while the longest answers end shows only in its rate. The bound is
+the slower side alone: the engine with a trainer that trains nothing, the trainer with batches that are there. Times of the
+weights are those of the step before."""
 CLOSING_S = 15.0
 """Kept back from the budget for ending all processes."""
 
@@ -88,7 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
     parser.add_argument("--transport", help="weight_transport; distributed apart and disk colocated by default")
     parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: where memory is short")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
+    parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
     parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "async_vs_sync.log")
@@ -102,8 +108,7 @@ def parse() -> argparse.Namespace:
     args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
     args.transport = args.transport or ("distributed" if apart and not args.cpu else "disk")
     args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
-    if args.checkpointing is None:
-        args.checkpointing = not args.cpu and (args.shape == "1.7b" or not apart)
+    args.checkpointing = args.checkpointing or ("none" if args.cpu or (apart and args.shape == "0.6b") else "full")
     args.out = args.out or ROOT / "docs" / "benchmarks" / f"async_vs_sync_{args.layout}.json"
     return args
 
@@ -166,8 +171,8 @@ def write(args: argparse.Namespace, turns: dict[str, dict[str, Any]]) -> None:
     """JSON and table of what there is."""
     summaries = {name: {**summary(turn["steps"]), **turn} for name, turn in turns.items()}
     document = {**describe(args), "bound_tokens_per_s": bound(summaries), "turns": summaries}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    title = f"Asynchronous against synchronous, {args.layout}"
+    write_results(args.out, document, title, document["task"] + ".", table(summaries), LEGEND)
     logger.info("\n%s\n", table(summaries))
 
 
@@ -183,6 +188,8 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, float]:
     result["trainer_idle"] = sum(step["wait_s"] for step in steps) / seconds
     if "engine_idle_s" in steps[0]:
         result["engine_idle"] = max(0.0, sum(step["engine_idle_s"] for step in steps) / seconds)
+    if "graphs" in steps[0]:
+        result["graphs"] = sum(step["graphs"] for step in steps)
     if "paused_s" in steps[0]:
         result["paused_s"] = median(step["paused_s"] for step in steps)
         result["staleness_max"] = max(step["staleness_max"] for step in steps)
@@ -201,7 +208,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     lines = [f"| turn | {' | '.join(MEASURES.values())} | x eta 0 | of the bound |", "|---" * (len(MEASURES) + 3) + "|"]
     limit, base = bound(summaries), summaries.get("0", {}).get("tokens_per_s")
     for name, result in summaries.items():
-        cells = [f"{result[key]:,.4g}" if key in result else "-" for key in MEASURES]
+        cells = [shown(result[key]) if key in result else "-" for key in MEASURES]
         rate = result.get("tokens_per_s")
         against = [f"{rate / other:.2f}" if rate and other and name.isdigit() else "-" for other in (base, limit)]
         lines.append(f"| {f'eta {name}' if name.isdigit() else name} | {' | '.join([*cells, *against])} |")

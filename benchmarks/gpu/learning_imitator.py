@@ -97,7 +97,7 @@ def imitate(model: Path, out: Path, *, target: float, seconds: float, cpu: bool)
     """Trains `model` and writes the imitator to `out`; its curve."""
     examples, batch_size = (20_000, 128) if cpu else (200_000, 512)
     train, val = write_examples(out.parent / "examples", examples, task_options(cpu=cpu))
-    module = Imitator(str(model), optimizer=OptimizerConfig(lr=2e-3 if cpu else 1e-3))
+    module = Imitator(str(model), optimizer=OptimizerConfig(lr=2e-3 if cpu else 1e-3), compile=False)
     data = SFTDataModule(train, str(model), val, batch_size)
     stop = StopWhenRight(target, seconds)
     trainer = pl.Trainer(
