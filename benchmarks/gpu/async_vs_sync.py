@@ -54,6 +54,9 @@ LEGEND = """Trained tokens include prompts. Idle is the share of time in which t
 engine had nothing at all in flight; that it is half empty while the longest answers end shows only in its rate. The bound is
 the slower side alone: the engine with a trainer that trains nothing, the trainer with batches that are there. Times of the
 weights are those of the step before."""
+RIVAL = "eta 0, both GPUs colocated"
+"""The fairest synchronous rival of GPUs apart: no GPU waits for the other, and no gradients travel in this figure."""
+
 CLOSING_S = 15.0
 """Kept back from the budget for ending all processes."""
 
@@ -97,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
     parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
+    parser.add_argument("--rival", type=Path, help="JSON of `--layout colocated` with half the prompts, eta 0 among its turns")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "async_vs_sync.log")
     parser.add_argument("--out", type=Path, help="default: docs/benchmarks/async_vs_sync_LAYOUT.json")
     for name in ("--model", "--url", "--api-key", "--ray-folder"):
@@ -170,6 +174,8 @@ def reports(lines: Any) -> Iterator[dict[str, Any]]:
 def write(args: argparse.Namespace, turns: dict[str, dict[str, Any]]) -> None:
     """JSON and table of what there is."""
     summaries = {name: {**summary(turn["steps"]), **turn} for name, turn in turns.items()}
+    if args.rival is not None:
+        summaries[RIVAL] = rival(json.loads(args.rival.read_text()))
     document = {**describe(args), "bound_tokens_per_s": bound(summaries), "turns": summaries}
     title = f"Asynchronous against synchronous, {args.layout}"
     write_results(args.out, document, title, document["task"] + ".", table(summaries), LEGEND)
@@ -201,6 +207,12 @@ def bound(summaries: dict[str, dict[str, Any]]) -> float | None:
     alone = [summaries.get(name, {}).get("tokens_per_s") for name in (ENGINE_ALONE, TRAINER_ALONE)]
     known = [rate for rate in alone if rate is not None]
     return min(known) if len(known) == len(alone) else None
+
+
+def rival(document: dict[str, Any]) -> dict[str, Any]:
+    """Two GPUs that both generate and train in turn, each half of the prompts: twice what one of them does."""
+    alone = document["turns"]["0"]
+    return {"tokens_per_s": 2 * alone["tokens_per_s"], "seconds": alone["seconds"], "command": document["command"]}
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
