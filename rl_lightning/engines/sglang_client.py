@@ -117,6 +117,16 @@ class SGLangClient:
         _, content = await self.call("GET", "/server_info")
         return content
 
+    # -- memory
+
+    async def release_memory(self) -> None:
+        """Lets go of weights, KV cache and CUDA graphs; nothing may be running."""
+        await self.call("POST", "/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
+
+    async def resume_memory(self, *tags: str) -> None:
+        """Takes memory for `tags` again; what it held is lost."""
+        await self.call("POST", "/resume_memory_occupation", {"tags": tags})
+
     # -- weights
 
     async def flush(self, pause_s: float = 0.005) -> None:
@@ -142,6 +152,11 @@ class SGLangClient:
         """Takes part in one broadcast and loads what it brought."""
         body = {**bucket, "group_name": group, "load_format": "flattened_bucket", "flush_cache": False}
         await self.call("POST", "/update_weights_from_distributed", body)
+
+    async def load_from_memory(self, handles: Sequence[str]) -> None:
+        """Replaces weights by those that the server's ranks find by one handle each."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self.call("POST", "/update_weights_from_tensor", body)
 
     async def begin_update(self) -> bool:
         """Opens an update session where the server has such a thing (from 0.5.21 on); whether it has."""

@@ -35,7 +35,11 @@ def varlen_attention(
     return _attend(query, key, value, starts, longest, scale, -1 if window is None else window - 1)[0]
 
 
-@torch.library.custom_op("rl_lightning::varlen_attention", mutates_args=())
+INPUTS = "Tensor query, Tensor key, Tensor value"
+LAYOUT = "Tensor starts, Tensor longest, float scale, int reach"
+
+
+@torch.library.custom_op("rl_lightning::varlen_attention", mutates_args=(), schema=f"({INPUTS}, {LAYOUT}) -> (Tensor, Tensor)")
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Tensor, scale: float, reach: int
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +66,11 @@ def _(
     return output, query.new_empty((query.shape[1], query.shape[0]), dtype=_wide(query))
 
 
-@torch.library.custom_op("rl_lightning::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "rl_lightning::varlen_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {INPUTS}, Tensor output, Tensor sums, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
+)
 def _attend_backward(
     grad: Tensor,
     query: Tensor,

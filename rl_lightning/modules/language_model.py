@@ -52,8 +52,9 @@ class LanguageModule(LightningModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
-            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which sequences are dealt to minibatches, and of new adapters.
         lora: train adapters instead of the model's own weights; None: train all weights.

@@ -114,6 +114,14 @@ def describe() -> str:
     )
 
 
+def beside_me() -> Any:
+    """Puts an actor on this process's node, or elsewhere once that is gone: the run shall not depend on one more node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 def _start(options: Mapping[str, Any], check: Callable[[], None] | None) -> str:
     """Starts a cluster in a session of its own, see head.py; gives its address."""
     global _head
