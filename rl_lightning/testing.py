@@ -16,10 +16,10 @@ import numpy as np
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.types import Completion, FinishReason, GenerationRequest, Prompt
-from rl_lightning.weights.transport import Refusal, WeightUpdate, no_refusal
+from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, no_refusal
 
 if TYPE_CHECKING:
-    import torch
+    from rl_lightning.weights.source import WeightSource
 
 AnswerFn = Callable[[GenerationRequest], Sequence[int]]
 """Scripts an engine: the whole answer to a request, before `max_new_tokens` cuts it."""
@@ -77,6 +77,11 @@ class FakeEngine:
         self.model_path = ""
         self.updates: list[WeightUpdate] = []
         self._open: asyncio.Event | None = None
+
+    @property
+    def target(self) -> WeightTarget:
+        """Takes weights as they are."""
+        return WeightTarget()
 
     async def start(self, model_path: str) -> None:
         """Comes alive with version 0; also the way back from a crash."""
@@ -247,11 +252,13 @@ class FakeTransport:
         self.released = 0
         self.closed = False
 
-    def stage(self, version: int, weights: Iterable[tuple[str, torch.Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
-        """One update for each of `engines`; the fingerprint holds every tensor's first four values."""
-        fingerprint = {name: tuple(tensor.flatten()[:4].float().tolist()) for name, tensor in weights}
+    def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
+        """One update for each of `targets`; the fingerprint is a real one."""
+        from rl_lightning.weights.fingerprint import take_fingerprint
+
+        fingerprint = take_fingerprint(weights)
         self.staged.append(version)
-        return [WeightUpdate(version, self.name, {}, fingerprint) for _ in engines]
+        return [WeightUpdate(version, self.name, {}, fingerprint) for _ in targets]
 
     def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
         """Counts, or raises `send_error`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from rl_lightning.types import Completion, GenerationRequest
-from rl_lightning.weights.transport import WeightUpdate
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 
 class EngineError(RuntimeError):
@@ -28,6 +28,11 @@ class Engine(Protocol):
     """
 
     transports: tuple[str, ...]
+
+    @property
+    def target(self) -> WeightTarget:
+        """How it takes weights, without a name; known once it was started, and the same after every start."""
+        ...
 
     async def start(self, model_path: str) -> None:
         """Loads `model_path` (version 0 until told otherwise) and returns when ready to generate."""

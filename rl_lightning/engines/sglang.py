@@ -19,11 +19,11 @@ from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.process import ServerProcess
-from rl_lightning.engines.sglang_args import check_server_args, server_command, server_env
+from rl_lightning.engines.sglang_args import check_server_args, parallel_sizes, server_command, server_env
 from rl_lightning.engines.sglang_client import SGLangClient
-from rl_lightning.engines.sglang_receiver import Receiver
+from rl_lightning.engines.sglang_receiver import Receiver, target_of
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
-from rl_lightning.weights.transport import WeightUpdate
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class SGLangEngine:
         dtype: of the weights; `auto` is bfloat16 on CUDA and float32 on CPU.
         device: `cuda` or `cpu`; `auto` takes CUDA where there is one.
         server_args: any argument of SGLang's server by its name (`mem_fraction_static`, `context_length`,
-            `attention_backend`, `max_running_requests`, ...), passed on untouched.
+            `attention_backend`, `max_running_requests`, ...), passed on untouched. With `tp_size` and `pp_size` it spans
+            as many GPUs as their product; several pipeline stages get weights by disk only.
         start_timeout_s: until a server is ready.
         request_timeout_s: for one whole answer.
         sync_timeout_s: for one weight update.
@@ -79,8 +80,11 @@ class SGLangEngine:
         if new_tokens_per_chunk is not None and new_tokens_per_chunk < 1:
             raise ValueError(f"new_tokens_per_chunk={new_tokens_per_chunk} must be at least 1, or null for no chunks")
         check_server_args(server_args or {})
+        self.tensor_size, self.pipeline_size = parallel_sizes(server_args or {})
         local = url is None and pick_device(device) == "cpu"
         self.transports = ("disk", "distributed") if local else ("distributed", "disk")  # memory files are faster than gloo
+        if self.pipeline_size > 1:
+            self.transports = ("disk",)  # SGLang's pipeline stages cannot join a process group
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
@@ -90,6 +94,7 @@ class SGLangEngine:
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
         self._receiver: Receiver | None = None
+        self._target = WeightTarget()
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = ""
         self._decoder: Decode | None = None
@@ -98,6 +103,11 @@ class SGLangEngine:
         self._background: set[asyncio.Task[None]] = set()
 
     # -- Engine
+
+    @property
+    def target(self) -> WeightTarget:
+        """See `Engine.target`."""
+        return self._target
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
@@ -149,9 +159,9 @@ class SGLangEngine:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
                 await self._interrupt()
-                await load()
+                sent = await load()
                 await client.flush()
-                await self._receiver.prove(update)
+                await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
             if isinstance(error, TimeoutError):
@@ -207,8 +217,9 @@ class SGLangEngine:
         device = pick_device(self.device)
         command = server_command(model_path, number, device, pick_dtype(self.dtype, device), self.server_args)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        env = server_env(device, key, self._folder, self.tensor_size * self.pipeline_size)
         log = self._folder / "server.log" if self.log_path is None else Path(self.log_path)
-        self._process = ServerProcess(command, log, server_env(device, key, self._folder))
+        self._process = ServerProcess(command, log, env)
         logger.info(
             "starting SGLang on %s, process %d, port %d, log %s", device, self._process.pid, number, self._process.log_path
         )
@@ -224,9 +235,10 @@ class SGLangEngine:
         info = await self._client.server_info()
         self._context_limit = int(info.get("max_req_input_len") or 2**31)
         self._receiver = Receiver(self._client, info["dtype"])
+        self._target = target_of(info)
         await self._sample_one_token()
         if self.url is not None:
-            await self._client.first_values(["model.norm.weight"], 1)
+            await self._client.samples({"model.norm.weight": (1,)})
 
     def _cause_of_death(self) -> str:
         return self._process.cause_of_death() if self._process is not None else ""

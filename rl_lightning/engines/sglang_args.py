@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ ON_CPU: dict[str, Any] = {
 
 SOCKET_FOLDER = 80
 """Longest folder, in characters, in which the server can make its sockets."""
+
+TENSOR_SIZE = ("tp_size", "tensor_parallel_size", "tp")
+PIPELINE_SIZE = ("pp_size", "pipeline_parallel_size", "pp")
+"""What SGLang calls the two, the usual name first."""
 
 OWNED = ("model_path", "port", "host", "api_key", "admin_api_key", "device", "dtype")
 """Arguments that SGLangEngine has settings for, or must choose itself."""
@@ -62,7 +66,24 @@ def server_command(model_path: str, port: int, device: str, dtype: str, server_a
     return [sys.executable, "-m", SERVER_MODULE, *words]
 
 
-def server_env(device: str, api_key: str, folder: Path) -> dict[str, str]:
+def parallel_sizes(server_args: Mapping[str, Any]) -> tuple[int, int]:
+    """(tensor, pipeline) parallel size that `server_args` ask for.
+
+    Raises:
+        ValueError: one of them is not a positive number, or is given under two names.
+    """
+    tensor, pipeline = (_size(server_args, names) for names in (TENSOR_SIZE, PIPELINE_SIZE))
+    return tensor, pipeline
+
+
+def _size(server_args: Mapping[str, Any], names: Sequence[str]) -> int:
+    given = {name: value for name, value in server_args.items() if name.replace("-", "_") in names and value is not None}
+    if len(given) > 1 or not all(str(value).isdecimal() and int(value) for value in given.values()):
+        raise ValueError(f"server_args has {given}: give {names[0]} once, as a whole number above 0")
+    return int(next(iter(given.values()), 1))
+
+
+def server_env(device: str, api_key: str, folder: Path, n_ranks: int = 1) -> dict[str, str]:
     """Changes to the environment that a server needs. What it leaves behind goes into `folder`, save for compiled kernels."""
     env = {
         API_KEY: api_key,
@@ -73,7 +94,20 @@ def server_env(device: str, api_key: str, folder: Path) -> dict[str, str]:
     }
     if len(str(folder)) <= SOCKET_FOLDER:
         env["TMPDIR"] = str(folder)
-    return env | ({"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+    return env | (_cpu_env(n_ranks) if device == "cpu" else {})
+
+
+def _cpu_env(n_ranks: int) -> dict[str, str]:
+    env = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    if n_ranks == 1:
+        return env
+    cores = sorted(os.sched_getaffinity(0))
+    # Split embeddings are compiled, which wants a real triton.
+    return {
+        **env,
+        "TORCHDYNAMO_DISABLE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[i % len(cores)]) for i in range(n_ranks)),
+    }
 
 
 def _flag(name: str, value: Any) -> list[str]:

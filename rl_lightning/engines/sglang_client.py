@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from rl_lightning.engines.answer import Segment
 from rl_lightning.engines.engine import EngineError
-from rl_lightning.engines.sglang_probe import FIRST_VALUES
+from rl_lightning.engines.sglang_probe import SAMPLES
 from rl_lightning.types import SamplingParams
+from rl_lightning.weights.fingerprint import sampled_positions
 
 OK, BAD_REQUEST, NOT_FOUND = 200, 400, 404
 KEEP_ALIVE_S = 2.0  # below the server's own 5 s, so that no request is written to a connection that is being closed
 RETRY_S = (0.05, 0.2)
+PROBE_RETRY_S = 0.005
+
+
+class Shown(NamedTuple):
+    """What a server shows of its parameters.
+
+    Attributes:
+        values: by name, index in the sample -> value; empty where it has no such parameter.
+        whole: whether everything that it holds of the samples is there.
+    """
+
+    values: Mapping[str, Mapping[int, float]]
+    whole: bool
 
 
 class SGLangClient:
@@ -53,8 +70,8 @@ class SGLangClient:
                 raise EngineError(f"SGLang at {self.url} was stopped before it answered {path}")
             try:
                 async with self._session.request(method, self.url + path, json=body) as answer:
-                    json = answer.content_type == "application/json"
-                    content = await answer.json() if json else await answer.text()
+                    is_json = answer.content_type == "application/json"
+                    content = await answer.json() if is_json else await answer.text()
                 break
             except (aiohttp.ClientError, ConnectionError) as error:
                 await asyncio.sleep(pause_s or 0.0)
@@ -135,23 +152,29 @@ class SGLangClient:
         """Closes the session."""
         await self.call("POST", "/end_weight_update", {})
 
-    async def first_values(self, names: Sequence[str], count: int) -> dict[str, list[float]]:
-        """The first values of parameters, at most `count` each; empty where the server has no such parameter.
+    async def samples(self, shapes: Mapping[str, Sequence[int]]) -> Shown:
+        """Sampled values of parameters, by their full shapes.
 
-        A server that we did not start knows fewer families and is asked for each parameter by itself.
+        A server that we did not start shows a first row, for parameters of few model families.
 
         Raises:
             EngineError: it cannot show any.
         """
-        body = {"name": " ".join([FIRST_VALUES, *names]), "truncate_size": count}
-        status, content = await self.call("POST", "/get_weights_by_name", body, accept=(OK, BAD_REQUEST))
-        if status == OK:
-            return dict(zip(names, content, strict=True))
-        shown = {}
-        for name in names:
-            _, rows = await self.call("POST", "/get_weights_by_name", {"name": name, "truncate_size": 1})
-            shown[name] = rows[0] if isinstance(rows[0], list) else rows
-        return shown
+        body = {"name": f"{SAMPLES} {json.dumps({'nonce': uuid.uuid4().hex, 'shapes': shapes})}"}
+        while True:
+            status, content = await self.call("POST", "/get_weights_by_name", body, accept=(OK, BAD_REQUEST))
+            if status == BAD_REQUEST:
+                rows = {name: await self._first_row(name, shape) for name, shape in shapes.items()}
+                return Shown(rows, whole=False)
+            if content or not shapes:
+                values = [dict(zip(map(int, turns[::2]), turns[1::2], strict=True)) for turns in content]
+                return Shown(dict(zip(shapes, values, strict=True)), whole=True)
+            await asyncio.sleep(PROBE_RETRY_S)  # later pipeline stages have not answered yet
+
+    async def _first_row(self, name: str, shape: Sequence[int]) -> dict[int, float]:
+        _, rows = await self.call("POST", "/get_weights_by_name", {"name": name, "truncate_size": 1})
+        row = rows[0] if isinstance(rows[0], list) else rows
+        return {i: row[at] for i, at in enumerate(sampled_positions(math.prod(shape))) if at < len(row)}
 
 
 def sampling_params(params: SamplingParams, most: int, fewest: int) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.weights.channel import POLL_S, SyncChannel, SyncFailed, connect_store
+from rl_lightning.weights.transport import Fingerprint, WeightTarget
 
 if TYPE_CHECKING:
     import torch
 
-    from rl_lightning.engines.sglang_client import SGLangClient
+    from rl_lightning.engines.sglang_client import SGLangClient, Shown
     from rl_lightning.weights.transport import WeightUpdate
 
-Load = Callable[[], Awaitable[None]]
+Load = Callable[[], Awaitable[Fingerprint]]
+"""Loads the weights; returns what the server must hold now."""
 
 
 class Receiver:
@@ -40,28 +42,31 @@ class Receiver:
             EngineError: the transport is unknown, or the trainer went away.
         """
         if update.transport == "disk":
-            yield lambda: self._client.load_from_disk(update.payload["path"])
+            yield lambda: self._read(update)
         elif update.transport == "distributed":
             async with self._joined(update.payload) as load:
                 yield load
         else:
             raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed or disk")
 
-    async def prove(self, update: WeightUpdate) -> None:
-        """Compares the server's weights with the fingerprint.
+    async def prove(self, version: int, sent: Fingerprint) -> None:
+        """Compares the server's weights with the fingerprint of `version`.
 
         Raises:
             WeightMismatchError: they differ.
         """
         from rl_lightning.weights.fingerprint import find_mismatch
 
-        sent = dict(update.fingerprint)
-        shown = await self._client.first_values(list(sent), max(map(len, sent.values()), default=0))
-        expected = {name: values[: len(shown[name]) or None] for name, values in sent.items()}
-        if (difference := find_mismatch(expected, as_held(shown, self._dtype))) is not None:
+        shown = await self._client.samples({name: sample.shape for name, sample in sent.items()})
+        if (difference := find_mismatch(sent, as_held(shown, sent, self._dtype))) is not None:
             raise WeightMismatchError(
-                f"SGLang at {self._client.url} does not hold the weights of version {update.version}: {difference}"
+                f"SGLang at {self._client.url} does not hold the weights of version {version}: {difference}"
             )
+
+    async def _read(self, update: WeightUpdate) -> Fingerprint:
+        await self._client.load_from_disk(update.payload["path"])
+        assert update.fingerprint is not None
+        return update.fingerprint
 
     # -- by broadcast
 
@@ -75,15 +80,15 @@ class Receiver:
         channel = SyncChannel(store, payload["sync"])
         try:
             await self._join(channel, payload)
-            yield lambda: self._receive(payload["buckets"])
+            yield lambda: self._receive(channel, payload["buckets"])
         except BaseException as error:
-            channel.fail(f"engine {payload['rank']}: {error!r}")
+            channel.fail(f"engine {payload['engine']}: {error!r}")
             if isinstance(error, SyncFailed):
                 raise EngineError(f"the transfer of weights was given up: {error}") from None
             raise
 
     async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
-        channel.report_group(payload["rank"], self._group)
+        channel.report_group(payload["engine"], self._group)
         while (group := channel.poll_go()) is None:
             await asyncio.sleep(POLL_S)
         if group == self._group:
@@ -100,28 +105,44 @@ class Receiver:
         )
         self._group = group
 
-    async def _receive(self, buckets: list[Mapping[str, Any]]) -> None:
+    async def _receive(self, channel: SyncChannel, buckets: list[Mapping[str, Any]]) -> Fingerprint:
         session = await self._client.begin_update()
         for bucket in buckets:
             await self._client.receive(self._group, bucket)
         if session:
             await self._client.end_update()
+        while (fingerprint := channel.poll_fingerprint()) is None:
+            await asyncio.sleep(POLL_S)
+        return fingerprint
 
 
-def as_held(shown: Mapping[str, list[float]], dtype: str) -> Callable[[str], torch.Tensor | None]:
-    """The server's values, which it shows as float32, in the type that it holds them in.
+def target_of(info: Mapping[str, Any]) -> WeightTarget:
+    """What `/server_info` says of how a server takes weights."""
+    dtype = {"half": "float16", "float": "float32", "auto": None}.get(info["dtype"], info["dtype"])
+    return WeightTarget(dtype=dtype, ranks=int(info.get("tp_size") or 1))
 
-    A server whose dtype is `auto` holds bfloat16 or float16: whichever all of the values fit into.
+
+def as_held(shown: Shown, sent: Fingerprint, dtype: str) -> Callable[[str], torch.Tensor | None]:
+    """The server's samples, which it shows as float32, in the type that it holds them in, NaN where it holds nothing.
+
+    A server whose dtype is `auto` holds bfloat16 or float16: whichever all of the values fit into.  Of a server that does
+    not show everything, only what it shows is looked at.
     """
     import torch
 
     def all_fit(candidate: torch.dtype) -> bool:
-        return all(torch.equal(values, values.to(candidate).float()) for values in tensors.values())
+        values = torch.tensor([value for held in shown.values.values() for value in held.values()])
+        return torch.equal(values, values.to(candidate).float())
 
-    tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in shown.items() if values}
-    names = {"half": "float16", "float": "float32"}
     if dtype == "auto":
         held_as = next((d for d in (torch.bfloat16, torch.float16) if all_fit(d)), torch.float32)
     else:
-        held_as = getattr(torch, names.get(dtype, dtype))
-    return lambda name: tensors[name].to(held_as) if name in tensors else None
+        held_as = getattr(torch, {"half": "float16", "float": "float32"}.get(dtype, dtype))
+
+    def held(name: str) -> torch.Tensor | None:
+        if not (own := shown.values.get(name)):
+            return None
+        unseen = [float("nan")] * len(sent[name].values) if shown.whole else sent[name].values
+        return torch.tensor([own.get(i, value) for i, value in enumerate(unseen)], dtype=torch.float32).to(held_as)
+
+    return held

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         fork_children()
     key = os.environ.get(API_KEY)
     try:
-        run_server(prepare_server_args([*arguments, *(["--api-key", key] if key else [])]))
+        run_server(prepare_server_args([*arguments, *([f"--api-key={key}"] if key else [])]))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

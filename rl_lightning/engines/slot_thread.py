@@ -18,7 +18,7 @@ import torch
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.engines.slot_batch import OpenRequest, SlotBatch
 from rl_lightning.engines.slot_decoder import SlotDecoder
-from rl_lightning.weights.fingerprint import find_mismatch
+from rl_lightning.weights.fingerprint import find_mismatch, pick
 
 if TYPE_CHECKING:
     from rl_lightning.weights.transport import WeightUpdate
@@ -88,7 +88,8 @@ class SlotThread:
         self._batch.interrupt()
         try:
             self._decoder.load_weights(weights)
-            mismatch = find_mismatch(update.fingerprint, self._decoder.weight)
+            assert update.fingerprint is not None, "it comes with the weights that this engine can read"
+            mismatch = find_mismatch(update.fingerprint, self._sample)
             if mismatch is not None:
                 raise WeightMismatchError(f"TorchEngine does not hold the weights of version {update.version}: {mismatch}")
         except (EngineError, WeightMismatchError) as error:
@@ -98,6 +99,10 @@ class SlotThread:
         self.fault = None
         self._batch.version = update.version
         return time.perf_counter() - started
+
+    def _sample(self, name: str) -> torch.Tensor | None:
+        weight = self._decoder.weight(name)
+        return None if weight is None else pick(weight)
 
     # -- in the thread
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rl_lightning.engines.engine import EngineError
 from rl_lightning.types import Completion, GenerationRequest
-from rl_lightning.weights.transport import WeightUpdate
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,11 @@ class TorchEngine:
         self._decoder: SlotDecoder | None = None
         self._tokenizer: Any = None
         self._answers: set[asyncio.Future[Completion]] = set()
+
+    @property
+    def target(self) -> WeightTarget:
+        """See `Engine.target`."""
+        return WeightTarget(dtype=str(self._decoder.model.dtype).removeprefix("torch.") if self._decoder is not None else None)
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`.

@@ -118,6 +118,10 @@ class RolloutError(RuntimeError):
     """The rollout side cannot go on; the message says why and what to change."""
 
 
+class StepLostError(RuntimeError):
+    """What the step under way needs is gone; the engines are well, and another attempt from the checkpoint has it again."""
+
+
 class GroupFilterError(ValueError):
     """The user's `group_filter` raised; the message names it and the group."""
 
@@ -267,6 +271,7 @@ class RolloutController:
 
         Raises:
             RolloutError, GroupFilterError: there will never be one; says why.
+            StepLostError: there was one, before the controller was restarted.
         """
         deadline = self._clock() + wait_s
         while not (self._compose(version, world_size) and self._complete(rank)):
@@ -283,7 +288,7 @@ class RolloutController:
         The rank's next `take` gives the others and as many more as are missing, once there are.
 
         Raises:
-            RolloutError: the share itself is gone, because the controller was restarted since.
+            StepLostError: the share itself is gone, because the controller was restarted since.
         """
         if self._shares is None or self._shares[0] != version:
             raise _gone(version)
@@ -305,7 +310,7 @@ class RolloutController:
         """All answers of an evaluation in the order of their positions, once complete."""
         deadline = self._clock() + wait_s
         if not self._evaluations.knows(evaluation):
-            raise RolloutError("the validation under way was lost with the controller's process; go on from the checkpoint")
+            raise StepLostError("the validation under way was lost with the controller's process; go on from the checkpoint")
         while (contents := self._evaluations.results(evaluation)) is None:
             await self.check()
             if not await self._wait_until(deadline):
@@ -317,7 +322,7 @@ class RolloutController:
 
     async def statistics(self) -> dict[str, float]:
         """Counters since the start and gauges of now, for logs."""
-        engine_s = self._roster.total("alive_s")
+        engine_s, busy_s = self._roster.total("alive_s"), self._roster.total("busy_s")
         return {
             "generated_tokens": float(self._counts["answer_tokens"]),
             "groups_running": float(len(self._ledger.running)),
@@ -326,7 +331,8 @@ class RolloutController:
             "groups_abandoned": float(self._ledger.abandoned),
             "groups_requeued": float(self._ledger.requeued),
             "engine_restarts": float(self._roster.restarts),
-            "engine_idle_share": 1.0 - self._roster.total("busy_s") / engine_s if engine_s else 0.0,
+            "engine_busy_s": busy_s,
+            "engine_idle_share": 1.0 - busy_s / engine_s if engine_s else 0.0,
             "workers_alive": float(len(self._roster)),
             **{k: float(self._counts[k]) for k in ("reward_error", "reward_timeout", "reward_memory")},
         }
@@ -481,5 +487,5 @@ class RolloutController:
         return self._clock() < deadline
 
 
-def _gone(version: int) -> RolloutError:
-    return RolloutError(f"the batch of step {version + 1} was lost with the controller's process; go on from the checkpoint")
+def _gone(version: int) -> StepLostError:
+    return StepLostError(f"the batch of step {version + 1} was lost with the controller's process; go on from the checkpoint")

@@ -18,7 +18,7 @@ from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller import ControllerSettings, RolloutError
-from rl_lightning.rollout.loader import EvaluationLoader, Resync, RolloutLoader
+from rl_lightning.rollout.loader import Agree, EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
 from rl_lightning.types import RolloutGroup, SamplingParams
@@ -241,7 +241,8 @@ class RolloutDataModule(LightningDataModule):
         """This rank's batches of one epoch."""
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, self.batch_timeout_s, self._resync)
+        timeout_s, agree = self.batch_timeout_s, self._agree()
+        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, timeout_s, self._resync, agree)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """This rank's share of the validation prompts, answered; nothing where there are none."""
@@ -250,9 +251,8 @@ class RolloutDataModule(LightningDataModule):
             return []
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        return EvaluationLoader(
-            self.fleet, self._step, len(self.validation_prompts), rank, world_size, self.batch_timeout_s, self._resync
-        )
+        n_prompts, timeout_s, agree = len(self.validation_prompts), self.batch_timeout_s, self._agree()
+        return EvaluationLoader(self.fleet, self._step, n_prompts, rank, world_size, timeout_s, self._resync, agree)
 
     def teardown(self, stage: str) -> None:
         """Ends engines, rewards and actors."""
@@ -388,6 +388,11 @@ class RolloutDataModule(LightningDataModule):
 
     def _step(self) -> int:
         return self._trainer.global_step
+
+    def _agree(self) -> Agree | None:
+        """Where each trainer rank holds a piece of the model, all of them take part in sending it."""
+        is_in_pieces = getattr(self._trainer.lightning_module, "sharding", None) is not None
+        return self._trainer.strategy.broadcast if is_in_pieces else None
 
     def _resync(self, workers: Any) -> None:
         if self.resync is not None:

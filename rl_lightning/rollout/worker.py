@@ -23,13 +23,13 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.engines.engine import EngineError
 from rl_lightning.rollout.controller import GroupFilterError, GroupRecord
 from rl_lightning.types import Lease, RolloutGroup
-from rl_lightning.weights.transport import WeightUpdate
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 if TYPE_CHECKING:
     from rl_lightning.engines.engine import Engine
@@ -332,6 +332,11 @@ class RolloutWorkerActor:
         self._main: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="rollout-worker", daemon=True)
         self._thread.start()
+
+    def target(self) -> WeightTarget:
+        """How its engine takes weights; meaningful once it was registered."""
+        engine = self.engine if self.worker is None else self.worker.engine
+        return replace(engine.target, name=self.settings.name)
 
     def update_weights(self, update: WeightUpdate, timeout_s: float) -> float:
         """See `RolloutWorker.update_weights`; gives up after `timeout_s`."""

@@ -133,10 +133,10 @@ def check_supported(allocation: Allocation) -> None:
     if allocation.engine == "vllm":
         raise ValueError(f"{where}: there is no vLLM engine; write 'sglang.' instead of 'vllm.'")
     for name, layout in _parts(allocation).items():
-        if layout.tensor * layout.pipeline > 1:
+        if name != GENERATION and layout.pipeline > 1:
             raise ValueError(
-                f"{where}: tensor and pipeline parallelism are not supported yet, and {name} has m{layout.tensor} and "
-                f"p{layout.pipeline}; write d{layout.size}p1m1"
+                f"{where}: pipeline parallel training is not supported yet, and {name} has p{layout.pipeline}; write "
+                f"d{layout.data * layout.pipeline}p1m{layout.tensor}"
             )
 
 

@@ -24,7 +24,7 @@ from rl_lightning.strategies.stopping import StopSignals
 from rl_lightning.strategies.watch import Patience, Watch
 
 if TYPE_CHECKING:
-    from rl_lightning.strategies.ray import RayStrategy
+    from rl_lightning.strategies.ranks import RayRanks
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class RayLauncher(_Launcher):
         strategy: whose options it follows.
     """
 
-    def __init__(self, strategy: RayStrategy) -> None:
+    def __init__(self, strategy: RayRanks) -> None:
         self._strategy = strategy
 
     @property

@@ -21,7 +21,7 @@ from rl_lightning.strategies.result import RunResult, collect
 from rl_lightning.strategies.stopping import AGREEMENT_TIMEOUT_S, StopGate
 
 if TYPE_CHECKING:
-    from rl_lightning.strategies.ray import RayStrategy
+    from rl_lightning.strategies.ranks import RayRanks
 
 STOP_POLL_S = 60.0
 
@@ -80,7 +80,7 @@ class TrainWorker:
             companion.join(job.shared)
         gate = StopGate(agreement(channel, rank.index))
         gate.install(trainer)
-        strategy: RayStrategy = trainer.strategy
+        strategy: RayRanks = trainer.strategy
         strategy.enter_worker(rank, self._store, sender, gate)
         threading.Thread(target=_await_stop, args=(channel, gate), name="stop", daemon=True).start()
         try:
@@ -113,9 +113,7 @@ def agreement(channel: Any, rank: int) -> Callable[[int], int | None]:
 
 def _announce_rank(rank: Rank) -> None:
     """Before anything is unpickled: code may ask for its rank at import."""
-    os.environ.update(
-        RANK=str(rank.index), LOCAL_RANK=str(rank.local), NODE_RANK=str(rank.node), WORLD_SIZE=str(rank.world_size)
-    )
+    os.environ.update(RANK=str(rank.index), LOCAL_RANK=str(rank.local), NODE_RANK=str(rank.node), WORLD_SIZE=str(rank.world_size))
     become_rank(rank.index)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rl_lightning.weights.source import WeightSource, WeightSpec
 
 Bucket = list[tuple[str, "Tensor"]]
 
@@ -22,4 +24,26 @@ def buckets_of(named: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Buck
         bucket.append((name, tensor))
         size += tensor.nbytes
     if bucket:
+        yield bucket
+
+
+def plan_buckets(specs: Sequence[WeightSpec], limit: int) -> list[list[WeightSpec]]:
+    """The buckets that `fill_buckets` will give, by what is known before any tensor is there."""
+    plan: list[list[WeightSpec]] = []
+    size = limit + 1
+    for spec in specs:
+        if size + spec.nbytes > limit:
+            plan.append([])
+            size = 0
+        plan[-1].append(spec)
+        size += spec.nbytes
+    return plan
+
+
+def fill_buckets(plan: Sequence[Sequence[WeightSpec]], weights: WeightSource) -> Iterator[Bucket]:
+    """The planned buckets with their tensors; asks `weights` for those of one bucket at a time."""
+    values = iter(weights)
+    for specs in plan:
+        bucket = [next(values) for _ in specs]
+        assert [name for name, _ in bucket] == [spec.name for spec in specs], "a WeightSource iterates in the order of its specs"
         yield bucket

@@ -5,20 +5,22 @@ key-value store that the trainer serves, and while data moves either side looks 
 
 | key | written by | says |
 |---|---|---|
-| `SYNC/group/RANK` | engine | which process group its server is in ("" for none) |
+| `SYNC/group/ENGINE` | engine | which process group its server is in ("" for none) |
 | `SYNC/go` | trainer | the group to use; a server that is in another one joins it now |
+| `SYNC/fingerprint` | trainer | all was sent, and this is what an engine must hold now |
 | `SYNC/failed` | either | why this transfer will not happen |
 """
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rl_lightning.weights.transport import Refusal, no_refusal
+from rl_lightning.weights.transport import Fingerprint, Refusal, Sample, no_refusal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -79,13 +81,13 @@ class SyncChannel:
         self._asked_s = 0.0
         self.refusal: Refusal = no_refusal
 
-    def report_group(self, rank: int, group: str) -> None:
+    def report_group(self, engine: int, group: str) -> None:
         """Engine: my server is in `group`."""
-        self._store.set(f"{self._sync}/group/{rank}", group)
+        self._store.set(f"{self._sync}/group/{engine}", group)
 
-    def groups(self, ranks: range, deadline: float) -> list[str]:
-        """Trainer: what the engines of `ranks` reported. Blocks."""
-        keys = [f"{self._sync}/group/{rank}" for rank in ranks]
+    def groups(self, engines: range, deadline: float) -> list[str]:
+        """Trainer: what the engines reported. Blocks."""
+        keys = [f"{self._sync}/group/{engine}" for engine in engines]
         self.watch(lambda: self._store.check(keys), deadline, "every engine to be ready for weights")
         return [self._store.get(key).decode() for key in keys]
 
@@ -99,10 +101,22 @@ class SyncChannel:
         Raises:
             SyncFailed: the trainer gave up.
         """
-        if (reason := self.failure()) is not None:
-            raise SyncFailed(reason)
-        key = f"{self._sync}/go"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._poll("go")
+
+    def tell_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Trainer: every weight was sent."""
+        self._store.set(f"{self._sync}/fingerprint", json.dumps(fingerprint))
+
+    def poll_fingerprint(self) -> Fingerprint | None:
+        """Engine: what was sent, or None if that is not yet said. Does not block.
+
+        Raises:
+            SyncFailed: the trainer gave up.
+        """
+        told = self._poll("fingerprint")
+        if told is None:
+            return None
+        return {name: Sample(tuple(shape), tuple(values)) for name, (shape, values) in json.loads(told).items()}
 
     def fail(self, reason: str) -> None:
         """Either: this transfer will not happen."""
@@ -115,6 +129,12 @@ class SyncChannel:
             if (reason := self.refusal()) is not None:
                 return reason
         key = f"{self._sync}/failed"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _poll(self, key: str) -> str | None:
+        if (reason := self.failure()) is not None:
+            raise SyncFailed(reason)
+        key = f"{self._sync}/{key}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def watch(self, done: Callable[[], bool], deadline: float, what: str) -> None:

@@ -8,16 +8,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from rl_lightning.weights.buckets import fill_buckets, plan_buckets
+from rl_lightning.weights.fingerprint import FingerprintTaker
+from rl_lightning.weights.source import WeightSource
+from rl_lightning.weights.transport import Fingerprint, Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
 
-from rl_lightning.weights.buckets import Bucket, buckets_of
-from rl_lightning.weights.fingerprint import take_fingerprint
-from rl_lightning.weights.transport import Fingerprint, Refusal, WeightUpdate, no_refusal
-
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 2**30
 PREFIX = "rl-lightning-weights-"
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -44,13 +43,13 @@ class DiskTransport:
         self._shard_bytes = shard_bytes
         self._newest: tuple[int, Path, Fingerprint] | None = None
 
-    def stage(self, version: int, weights: Iterable[tuple[str, Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
-        """Writes the weights unless this version was the last one written; the same folder for all `engines`."""
+    def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
+        """Writes the weights unless this version was the last one written; the same folder for all `targets`."""
         if self._newest is None or self._newest[0] != version:
-            self._write(version, [(name, tensor.detach()) for name, tensor in weights])
+            self._write(version, in_dtype_of(targets, weights))
         assert self._newest is not None
         _, path, proof = self._newest
-        return [WeightUpdate(version, self.name, {"path": str(path)}, proof) for _ in engines]
+        return [WeightUpdate(version, self.name, {"path": str(path)}, proof) for _ in targets]
 
     def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
         """Nothing: engines read what `stage` wrote."""
@@ -72,15 +71,15 @@ class DiskTransport:
             self._folder.rmdir()
         self._folder = self._newest = None
 
-    def _write(self, version: int, named: Bucket) -> None:
-        folder = self._open_folder(sum(tensor.nbytes for _, tensor in named))
+    def _write(self, version: int, weights: WeightSource) -> None:
+        folder = self._open_folder(sum(spec.nbytes for spec in weights.specs()))
         path, staging = folder / f"version{version}", folder / f"version{version}.part"
         for old in (path, staging):
             shutil.rmtree(old, ignore_errors=True)
         staging.mkdir()
-        write_shards(staging, named, self._shard_bytes)
+        proof = write_shards(staging, weights, self._shard_bytes)
         staging.rename(path)
-        self._newest = (version, path, take_fingerprint(named))
+        self._newest = (version, path, proof)
 
     def _open_folder(self, n_bytes: int) -> Path:
         if self._folder is None:
@@ -92,18 +91,21 @@ class DiskTransport:
         return self._folder
 
 
-def write_shards(folder: Path, named: Bucket, shard_bytes: int) -> None:
-    """Safetensors files and their index, as `transformers` and SGLang read them."""
+def write_shards(folder: Path, weights: WeightSource, shard_bytes: int) -> Fingerprint:
+    """Safetensors files and their index, as `transformers` and SGLang read them, one file in memory at a time."""
     from safetensors.torch import save_file
 
     files: dict[str, str] = {}
-    for i, bucket in enumerate(buckets_of(named, shard_bytes), start=1):
+    specs = weights.specs()
+    taker = FingerprintTaker(specs)
+    for i, bucket in enumerate(fill_buckets(plan_buckets(specs, shard_bytes), weights), start=1):
         file = f"model-{i:05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in bucket}, folder / file, metadata={"format": "pt"})
         files.update({name: file for name, _ in bucket})
-    size = sum(tensor.nbytes for _, tensor in named)
-    index = {"metadata": {"total_size": size}, "weight_map": files}
+        taker.look(bucket)
+    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return taker.fingerprint()
 
 
 def _temporary_folder(n_bytes: int) -> Path:

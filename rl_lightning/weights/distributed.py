@@ -1,7 +1,8 @@
 """DistributedTransport: weights by broadcast (NCCL between GPUs, gloo between CPUs) straight into the engines' servers.
 
-Rank 0 of the process group is the trainer, ranks 1.. are SGLang's servers.  Tensors travel in flat buckets.  A group lives
-as long as its members: when an engine was restarted or the set of engines changed, a new one is formed.
+Rank 0 of the process group is the trainer, ranks 1.. are SGLang's servers, one for each of their GPUs.  Tensors travel in
+flat buckets.  A group lives as long as its members: when an engine was restarted or the set of engines changed, a new one
+is formed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_lightning.weights.buckets import Bucket, buckets_of
+from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, serve_store
-from rl_lightning.weights.fingerprint import take_fingerprint
-from rl_lightning.weights.transport import Refusal, WeightUpdate, no_refusal
+from rl_lightning.weights.fingerprint import FingerprintTaker
+from rl_lightning.weights.source import WeightSource, WeightSpec
+from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, TCPStore
+    from torch.distributed import ProcessGroup, TCPStore, Work
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistributedTransport:
-    """The trainer's side. `stage` only plans; the tensors are read in `send` and must not change in between.
+    """The trainer's side. `stage` only plans; the weights are read in `send` and must not change in between.
 
     NCCL: SGLang's processes run with NCCL_CUMEM_ENABLE=0, and a trainer that does not would wait for ever.  The variable
     must be in the trainer's environment before its first use of NCCL; it is set here for those who use it nowhere else.
@@ -42,7 +44,7 @@ class DistributedTransport:
     Args:
         backend: `nccl` or `gloo`; by default what the weights' device has.
         host: address of this machine that engines can reach; by default Ray's node address, or 127.0.0.1 without Ray.
-        bucket_bytes: size of one broadcast; that much memory is taken beside the weights.
+        bucket_bytes: size of one broadcast; twice that much memory is taken beside the weights.
     """
 
     name = "distributed"
@@ -54,20 +56,22 @@ class DistributedTransport:
         self._counter = itertools.count()
         self._group: ProcessGroup | None = None
         self._group_name = ""
-        self._buckets: list[Bucket] = []
+        self._weights: WeightSource | None = None
+        self._plan: list[list[WeightSpec]] = []
         self._channel: SyncChannel | None = None
-        self._world = 1
+        self._world = self._n_engines = 1
 
-    def stage(self, version: int, weights: Iterable[tuple[str, Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
-        """The plan of a broadcast to `engines`, whose ranks are 1, 2, ... in that order."""
-        named = [(name, tensor.detach()) for name, tensor in weights]
+    def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
+        """The plan of a broadcast to `targets`, whose ranks follow each other from 1 on in that order."""
+        self._weights = weights = in_dtype_of(targets, weights)
         if self._store is None:
             self._host = self._host or _own_address()
             self._store = serve_store(self._host)
         if self._backend is None:
-            self._backend = "nccl" if named[0][1].is_cuda else "gloo"
-        self._buckets = list(buckets_of(named, self._bucket_bytes))
-        self._world = 1 + len(engines)
+            self._backend = "nccl" if torch.cuda.is_initialized() else "gloo"
+        self._plan = plan_buckets(weights.specs(), self._bucket_bytes)
+        first_ranks = [*itertools.accumulate((target.ranks for target in targets), initial=1)]
+        self._world, self._n_engines = first_ranks.pop(), len(targets)
         sync = f"sync{next(self._counter)}"
         self._channel = SyncChannel(self._store, sync)
         payload = {
@@ -76,32 +80,37 @@ class DistributedTransport:
             "sync": sync,
             "backend": self._backend,
             "world_size": self._world,
-            "buckets": [describe(bucket) for bucket in self._buckets],
+            "buckets": [describe(specs) for specs in self._plan],
         }
-        proof = take_fingerprint(named)
-        return [WeightUpdate(version, self.name, {**payload, "rank": rank}, proof) for rank in range(1, self._world)]
+        return [
+            WeightUpdate(version, self.name, {**payload, "engine": i, "rank": rank}, None) for i, rank in enumerate(first_ranks)
+        ]
 
     def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
-        """Broadcasts what was staged.
+        """Broadcasts what was staged, bucket by bucket as the weights are given, and then their fingerprint.
 
         Raises:
             TimeoutError: an engine did not take part within `timeout_s`, or said that it cannot; the group is given up.
         """
-        assert self._channel is not None, "stage comes before send"
+        assert self._channel is not None and self._weights is not None, "stage comes before send"
         deadline = time.monotonic() + timeout_s
         self._channel.refusal = refusal
+        buckets = fill_buckets(self._plan, self._weights)
         try:
+            first = next(buckets)  # generation need not stand still for it
             self._agree_on_group(self._channel, deadline)
-            for bucket in self._buckets:
-                self._broadcast(flatten(bucket), self._channel, deadline)
+            self._stream(itertools.chain([first], buckets), self._channel, deadline)
         except (SyncFailed, TimeoutError, RuntimeError) as error:  # RuntimeError: a broken connection in the collective
             self._channel.fail(f"the trainer gave up: {error}")
             self._leave_group()
             raise TimeoutError(f"weights did not reach every engine: {error}") from error
+        finally:
+            for _ in buckets:  # other trainer ranks gather along to the end
+                pass
 
     def release(self) -> None:
         """Forgets the tensors."""
-        self._buckets = []
+        self._weights = None
 
     def close(self) -> None:
         """Leaves the group and ends the store."""
@@ -113,7 +122,7 @@ class DistributedTransport:
 
     def _agree_on_group(self, channel: SyncChannel, deadline: float) -> None:
         """Uses the group that all engines are in, or forms a new one with them."""
-        groups = channel.groups(range(1, self._world), deadline)
+        groups = channel.groups(range(self._n_engines), deadline)
         if self._group is not None and all(group == self._group_name for group in groups):
             channel.go(self._group_name)
             return
@@ -138,16 +147,34 @@ class DistributedTransport:
             group, _ = helper(self._world, 0, [], Backend(self._backend), store, group_name=name, timeout=timeout)
         return group
 
-    def _broadcast(self, flat: Tensor, channel: SyncChannel, deadline: float) -> None:
+    def _stream(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
+        """While one bucket moves, the next one is gathered."""
+        taker = FingerprintTaker([spec for specs in self._plan for spec in specs])
+        flat = self._flat(next(buckets, None), taker)
+        while flat is not None:
+            work = self._begin_broadcast(flat)
+            following = self._flat(next(buckets, None), taker)
+            what = f"a broadcast of {flat.numel() / 2**20:.0f} MiB to {self._n_engines} engines"
+            channel.watch(work.is_completed, deadline, what)
+            work.wait()
+            flat = following
+        channel.tell_fingerprint(taker.fingerprint())
+
+    def _flat(self, bucket: Bucket | None, taker: FingerprintTaker) -> Tensor | None:
+        if bucket is None:
+            return None
+        taker.look(bucket)
+        flat = flatten(bucket)
+        return flat.cuda() if self._backend == "nccl" else flat  # a trainer may keep its weights on the CPU
+
+    def _begin_broadcast(self, flat: Tensor) -> Work:
         from torch.distributed import BroadcastOptions
 
         assert self._group is not None
         options = BroadcastOptions()
         options.rootRank = 0
         options.asyncOp = True
-        work = self._group.broadcast([flat], options)
-        channel.watch(work.is_completed, deadline, f"a broadcast of {flat.numel() / 2**20:.0f} MiB to {self._world - 1} engines")
-        work.wait()
+        return self._group.broadcast([flat], options)
 
     def _leave_group(self) -> None:
         """Gives the communicator up without waiting for anybody."""
@@ -211,12 +238,12 @@ class _Background:
             raise self._error
 
 
-def describe(bucket: Bucket) -> dict[str, Any]:
+def describe(specs: Sequence[WeightSpec]) -> dict[str, Any]:
     """What SGLang must know to take a flat bucket apart."""
     return {
-        "names": [name for name, _ in bucket],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "names": [spec.name for spec in specs],
+        "dtypes": [str(spec.dtype).removeprefix("torch.") for spec in specs],
+        "shapes": [list(spec.shape) for spec in specs],
     }
 
 

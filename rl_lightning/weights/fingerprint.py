@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rl_lightning.weights.transport import Fingerprint
+from rl_lightning.weights.transport import Fingerprint, Sample
+
+if TYPE_CHECKING:
+    from rl_lightning.weights.source import WeightSource, WeightSpec
 
 PARAMETERS = 8
 """How many parameters are looked at, spread evenly from the first to the last."""
 
-VALUES = 512
-"""How many first values of each."""
+FIRST, SPREAD = 64, 448
+"""How many values of each: the first ones, and others from all over it, so that every shard of it has some."""
 
 
-def take_fingerprint(weights: Sequence[tuple[str, Tensor]]) -> Fingerprint:
-    """The first values of some of the named `weights`, as float32 numbers."""
-    chosen = sorted({round(i * (len(weights) - 1) / (PARAMETERS - 1)) for i in range(PARAMETERS)}) if weights else []
-    return {name: tuple(tensor.detach().reshape(-1)[:VALUES].float().tolist()) for name, tensor in (weights[i] for i in chosen)}
+class FingerprintTaker:
+    """Takes a fingerprint of weights while they pass by.
+
+    Args:
+        specs: all the weights that will.
+    """
+
+    def __init__(self, specs: Sequence[WeightSpec]) -> None:
+        last = len(specs) - 1
+        self._chosen = {specs[round(i * last / (PARAMETERS - 1))].name for i in range(PARAMETERS)} if specs else set()
+        self._taken: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+
+    def look(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies what it wants of these; they may change afterwards."""
+        for name, tensor in named:
+            if name in self._chosen:
+                self._taken[name] = tuple(tensor.shape), pick(tensor.detach()).float()
+
+    def fingerprint(self) -> Fingerprint:
+        """Of all that it looked at. Waits for the device."""
+        return {name: Sample(shape, tuple(values.tolist())) for name, (shape, values) in self._taken.items()}
+
+
+def take_fingerprint(weights: WeightSource) -> Fingerprint:
+    """The sampled values of some of the named `weights`, as float32 numbers."""
+    taker = FingerprintTaker(weights.specs())
+    taker.look(weights)
+    return taker.fingerprint()
+
+
+def sampled_positions(count: int) -> list[int]:
+    """Where a flat tensor of `count` values is looked at."""
+    return sorted({*range(min(FIRST, count)), *(i * (count - 1) // (SPREAD - 1) for i in range(SPREAD))}) if count else []
+
+
+def pick(tensor: Tensor) -> Tensor:
+    """The values at `sampled_positions`, on the tensor's device."""
+    positions = torch.tensor(sampled_positions(tensor.numel()), dtype=torch.int64, device=tensor.device)
+    return tensor.reshape(-1)[positions]
 
 
 def find_mismatch(expected: Fingerprint, held: Callable[[str], Tensor | None]) -> str | None:
@@ -27,15 +66,16 @@ def find_mismatch(expected: Fingerprint, held: Callable[[str], Tensor | None]) -
 
     Args:
         expected: from the trainer.
-        held: the engine's parameter of a name, or at least its first values; None if it has none.
+        held: the engine's values of a sample, in its dtype, NaN where they are missing; None if it has no such parameter.
     """
-    for name, values in expected.items():
-        tensor = held(name)
-        if tensor is None:
+    for name, sample in expected.items():
+        own = held(name)
+        if own is None:
             return f"there is no parameter {name}"
-        own = tensor.reshape(-1)[: len(values)].cpu()
-        sent = torch.tensor(values, dtype=torch.float32).to(own.dtype)
-        if not torch.equal(own, sent):
-            place = int((own != sent).nonzero()[0]) if own.shape == sent.shape else len(own)
-            return f"{name} differs from value {place} on"
+        sent = torch.tensor(sample.values, dtype=torch.float32).to(own.dtype)
+        if own.shape != sent.shape:
+            return f"{name} has another size than {list(sample.shape)}"
+        differs = (own.cpu() != sent) & ~(own.cpu().isnan() & sent.isnan())
+        if differs.any():
+            return f"{name} differs in {int(differs.sum())} of {len(sent)} sampled values"
     return None

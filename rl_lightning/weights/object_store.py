@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lightning.weights.buckets import buckets_of
-from rl_lightning.weights.fingerprint import take_fingerprint
-from rl_lightning.weights.transport import Refusal, WeightUpdate, no_refusal
+from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
+from rl_lightning.weights.fingerprint import FingerprintTaker
+from rl_lightning.weights.source import WeightSource
+from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
 
 BUCKET_BYTES = 256 * 2**20
 """Weights are stored in objects of about this size, so that no single huge object has to fit."""
@@ -38,12 +39,15 @@ class ObjectStoreTransport:
         self._bucket_bytes = bucket_bytes
         self._buckets: list[dict[str, Any]] = []
 
-    def stage(self, version: int, weights: Iterable[tuple[str, Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
-        """Stores the weights; one update for each of `engines`, all with the same references."""
-        named = [(name, tensor.detach()) for name, tensor in weights]
-        self._buckets = [_store(bucket) for bucket in buckets_of(named, self._bucket_bytes)]
-        proof = take_fingerprint(named)
-        return [WeightUpdate(version, self.name, {"buckets": self._buckets}, proof) for _ in engines]
+    def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
+        """Stores the weights, bucket by bucket; one update for each of `targets`, all with the same references."""
+        weights = in_dtype_of(targets, weights)
+        taker, self._buckets = FingerprintTaker(weights.specs()), []
+        for bucket in fill_buckets(plan_buckets(weights.specs(), self._bucket_bytes), weights):
+            taker.look(bucket)
+            self._buckets.append(_store(bucket))
+        proof = taker.fingerprint()
+        return [WeightUpdate(version, self.name, {"buckets": self._buckets}, proof) for _ in targets]
 
     def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
         """Nothing: engines read what `stage` stored."""
@@ -73,7 +77,7 @@ def read_weights(payload: Mapping[str, Any], timeout_s: float) -> list[tuple[str
     ]
 
 
-def _store(bucket: list[tuple[str, Tensor]]) -> dict[str, Any]:
+def _store(bucket: Bucket) -> dict[str, Any]:
     weights = [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in bucket]
     return {"weights": weights, "data": _put([_bytes(tensor) for _, tensor in bucket])}
 

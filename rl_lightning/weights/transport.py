@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    import torch
+    from rl_lightning.weights.source import WeightSource
 
-Fingerprint = Mapping[str, tuple[float, ...]]
-"""The first values of some parameters, by their Hugging Face name, exactly as the engine must hold them."""
+
+class Sample(NamedTuple):
+    """Some values of one parameter: those at `weights.fingerprint.sampled_positions`."""
+
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+Fingerprint = Mapping[str, Sample]
+"""Samples of some parameters, by their Hugging Face name, exactly as the engine must hold them."""
 
 
 Refusal = Callable[[], str | None]
@@ -22,6 +30,21 @@ def no_refusal() -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """One engine as transports see it.
+
+    Attributes:
+        name: of its worker; empty where the engine itself says the rest.
+        dtype: that it holds weights in (`bfloat16`, ...); None where it does not say: weights come as the trainer has them.
+        ranks: processes that it brings into a collective, one per GPU.
+    """
+
+    name: str = ""
+    dtype: str | None = None
+    ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class WeightUpdate:
     """What one engine is told about a new version.
 
@@ -29,26 +52,28 @@ class WeightUpdate:
         version: the version that becomes live.
         transport: `disk`, `object_store` or `distributed`; says how to read `payload`.
         payload: plain data: a folder; object references; or the plan of a collective.
-        fingerprint: what the engine must hold afterwards.
+        fingerprint: what the engine must hold afterwards; None where the values are not known yet: it follows them.
     """
 
     version: int
     transport: str
     payload: Mapping[str, Any]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None
 
 
 @runtime_checkable
 class WeightTransport(Protocol):
     """Moves named tensors from the trainer to engines. Called by the WeightPublisher on trainer rank 0, in this order.
 
-    `stage` and `send` are split because a collective only moves data while the engines are already receiving.
+    `stage` and `send` are split because a collective only moves data while the engines are already receiving.  Between
+    them they iterate over the weights once and to the end, whatever happens to the engines: the other trainer ranks may be
+    gathering along.  Only a version that `stage` still has (see `DiskTransport`) is not asked for again.
     """
 
     name: str
 
-    def stage(self, version: int, weights: Iterable[tuple[str, torch.Tensor]], engines: Sequence[str]) -> list[WeightUpdate]:
-        """Prepares `version` for `engines` (their ids, in order); one update each."""
+    def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
+        """Prepares `version` for `targets`; one update each, in their order."""
         ...
 
     def send(self, timeout_s: float, refusal: Refusal) -> None:
@@ -66,3 +91,14 @@ class WeightTransport(Protocol):
     def close(self) -> None:
         """Ends the transport for good (process groups, folders). Idempotent."""
         ...
+
+
+def in_dtype_of(targets: Sequence[WeightTarget], weights: WeightSource) -> WeightSource:
+    """`weights` in the dtype that all targets hold them in, if that makes them smaller."""
+    import torch
+
+    from rl_lightning.weights.source import CastWeights
+
+    dtypes = {target.dtype for target in targets}
+    dtype = getattr(torch, dtypes.pop() or "", None) if len(dtypes) == 1 else None
+    return CastWeights(weights, dtype) if isinstance(dtype, torch.dtype) else weights

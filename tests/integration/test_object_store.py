@@ -16,6 +16,8 @@ from rl_lightning.engines.torch import TorchEngine
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.types import GenerationRequest, SamplingParams
 from rl_lightning.weights.object_store import ObjectStoreTransport
+from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.transport import WeightTarget
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_weights_reach_an_engine_in_mid_answer(actor: Any, tiny: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     transport = ObjectStoreTransport(bucket_bytes=100_000)
-    update = transport.stage(5, model.named_parameters(), ["engine"])[0]
+    update = transport.stage(5, NamedWeights(model.named_parameters()), [WeightTarget("engine")])[0]
     assert all(isinstance(bucket["data"], ray.ObjectRef) for bucket in update.payload["buckets"])
     assert ray.get(actor.update_weights.remote(update), timeout=60) > 0
     transport.release()
@@ -70,7 +72,7 @@ def test_released_weights_leave_the_store(actor: Any, ray_cluster: str, tiny: Pa
     weights = list(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).named_parameters())
     transport = ObjectStoreTransport(bucket_bytes=150_000)
     for version in (6, 7):
-        update = transport.stage(version, weights, ["engine"])[0]
+        update = transport.stage(version, NamedWeights(weights), [WeightTarget("engine")])[0]
         ray.get(actor.update_weights.remote(update), timeout=60)
         left = stored_objects(ray_cluster) - len(update.payload["buckets"])
         assert left >= 0

@@ -269,6 +269,9 @@ ROLLOUTS = [
 ]
 
 
+AUTO_ENGINE = [option for option in ROLLOUTS if "engine" not in option]
+
+
 def allocate(mode: str, *options: str, model: list[str] = ROLLOUTS) -> RLCLI:
     return RLCLI([*model, f"--run.allocation_mode={mode}", *options], run=False)
 
@@ -285,6 +288,26 @@ def test_allocation_of_training_alone():
     assert cli.trainer.strategy.num_workers == 8  # type: ignore[attr-defined]
 
 
+def test_servers_of_several_gpus_follow_from_the_allocation():
+    engine = ["--data.engine=auto", "--trainer.devices=auto"]
+    data: Any = allocate("sglang.d2p2m2+d4p1m1", *engine, "--run.n_gpus_per_node=12", model=AUTO_ENGINE).datamodule
+    assert (data.num_engines, data.gpus_per_engine, data.transport_name) == (2, 4, "disk")
+    assert data.engine.server_args == {"tp_size": 2, "pp_size": 2}
+
+
+def test_the_engine_is_the_one_that_the_allocation_names():
+    data: Any = allocate("torch.d4p1m1+d4p1m1", model=AUTO_ENGINE).datamodule
+    assert type(data.engine).__name__ == "TorchEngine"
+
+
+def test_a_model_whose_heads_cannot_be_split_is_refused_before_anything_starts(tmp_path: Path):
+    from rl_lightning.models.tiny import write_tiny_model
+
+    folder = write_tiny_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="generation splits every layer over m8 devices"):
+        allocate("sglang.d1p1m8+d8p1m1", f"--model.path={folder}", "--run.n_gpus_per_node=16", model=AUTO_ENGINE)
+
+
 @pytest.mark.parametrize(
     ("mode", "options", "sentence"),
     [
@@ -298,7 +321,14 @@ def test_allocation_of_training_alone():
         ("sglang.d4p1m1+d4p1m1", ["--trainer.devices=2"], r"needs trainer.devices=4, but it is set to 2"),
         ("d8p1m1", [], r"has no generation part, which .*RolloutDataModule needs: write sglang.d1p1m1\+d8p1m1"),
         ("sglang.d4p1m1+d4", [], "does not parse"),
-        ("sglang.d2p1m2+d4p1m1", [], "not supported yet"),
+        ("sglang.d2p1m2+d4p1m1", [], r"engines of 2 GPUs, which only SGLangEngine spans, but data.engine is .*FakeEngine"),
+        (
+            "sglang.d2p1m2+d4p1m1",
+            ["--data.engine=rl_lightning.engines.sglang.SGLangEngine", "--data.engine.server_args={tp: 4}"],
+            r"needs tp_size in data.engine.server_args=2, but it is set to 4",
+        ),
+        ("sglang.d4p1m1+d2p1m2", [], r"splits every layer over m2 ranks.*set trainer.strategy=ray_model_parallel"),
+        ("sglang.d4p1m1+d2p2m1", [], "pipeline parallel training is not supported yet"),
     ],
 )
 def test_allocations_that_do_not_fit(mode: str, options: list[str], sentence: str):

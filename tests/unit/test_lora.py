@@ -18,6 +18,8 @@ from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.modules.sft import SFTModule
 from rl_lightning.weights.object_store import ObjectStoreTransport, read_weights
 from rl_lightning.weights.publisher import named_weights
+from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.transport import WeightTarget
 
 LORA = LoRAConfig(rank=4, alpha=8)
 
@@ -90,7 +92,7 @@ def test_engines_get_merged_weights_and_training_goes_on_with_its_own(folder: st
     module, batch = make_module(folder), make_batch(seed=62)
     fit(module, [batch])
     before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
-    update = ObjectStoreTransport().stage(1, named_weights(module), ["engine"])[0]
+    update = ObjectStoreTransport().stage(1, NamedWeights(named_weights(module)), [WeightTarget("engine")])[0]
     engine = load(folder)
     missing = engine.load_state_dict(dict(read_weights(update.payload, 1.0)), strict=False)
     assert missing.unexpected_keys == [] and missing.missing_keys == ["lm_head.weight"]  # tied

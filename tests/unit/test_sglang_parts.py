@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,13 +18,15 @@ from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang import SGLangEngine
-from rl_lightning.engines.sglang_args import server_command, server_env
-from rl_lightning.engines.sglang_client import SGLangClient, read_segment, sampling_params
+from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env
+from rl_lightning.engines.sglang_client import SGLangClient, Shown, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
-from rl_lightning.engines.sglang_probe import find_parameter
+from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
 from rl_lightning.engines.sglang_receiver import as_held
 from rl_lightning.engines.sglang_server import wants_cpu
 from rl_lightning.types import GenerationRequest, SamplingParams
+from rl_lightning.weights.fingerprint import find_mismatch
+from rl_lightning.weights.transport import Sample
 
 
 def make_answer(stop: tuple[str, ...] = (), least: int = 0, most: int = 10) -> Answer:
@@ -170,10 +174,71 @@ def test_an_aborted_request_that_never_ran_is_an_empty_segment() -> None:
 
 
 def test_held_values_take_the_type_of_the_server() -> None:
-    fits = {"a": [0.5, 1.0]}
-    assert as_held(fits, "auto")("a").dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert as_held({"a": [1 + 2**-10]}, "auto")("a").dtype == torch.float16  # type: ignore[union-attr]
-    assert as_held(fits, "float32")("b") is None
+    sent = {"a": Sample((2,), (0.5, 1.0))}
+    fits = Shown({"a": {0: 0.5, 1: 1.0}, "b": {}}, whole=True)
+    assert as_held(fits, sent, "auto")("a").dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert as_held(Shown({"a": {0: 1 + 2**-10}}, whole=True), sent, "auto")("a").dtype == torch.float16  # type: ignore[union-attr]
+    assert as_held(fits, sent, "float32")("b") is None
+
+
+def test_what_a_server_does_not_show_counts_only_where_it_shows_everything() -> None:
+    sent = {"a": Sample((2,), (0.5, 1.0))}
+    assert find_mismatch(sent, as_held(Shown({"a": {0: 0.5}}, whole=False), sent, "float32")) is None
+    assert find_mismatch(sent, as_held(Shown({"a": {0: 0.5}}, whole=True), sent, "float32")) is not None
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]))
+def test_shards_of_all_ranks_cover_the_parameter(size: int, shards: int) -> None:
+    """Fewer shards than ranks (key-value heads) are copied; as many or none (norms) are the usual cases."""
+    shards = min(shards, size)
+    starts = [shard_starts([16 // shards, 3], [16, 3], rank, size) for rank in range(size)]
+    assert [start[0] for start in starts] == sorted(i * 16 // shards for i in range(shards) for _ in range(size // shards))
+    assert all(start[1] == 0 for start in starts)
+
+
+def test_each_rank_shows_what_it_holds_of_a_sample() -> None:
+    full = torch.arange(24.0).view(4, 6)
+    for rank in range(2):
+        model = torch.nn.Module()
+        model.rows = torch.nn.Linear(6, 2, bias=False)
+        model.columns = torch.nn.Linear(3, 4, bias=False)
+        model.rows.weight.data = full[2 * rank : 2 * rank + 2]
+        model.columns.weight.data = full[:, 3 * rank : 3 * rank + 3].contiguous()
+        rows, columns = (held_values(model, f"{name}.weight", (4, 6), rank, 2) for name in ("rows", "columns"))
+        assert rows == {i: float(i) for i in range(12 * rank, 12 * rank + 12)}
+        assert columns == {i: float(i) for i in range(24) if 3 * rank <= i % 6 < 3 * rank + 3}
+    assert held_values(model, "other.weight", (4, 6), 0, 2) == {}
+
+
+def test_parts_of_an_earlier_question_do_not_count() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        for rank, nonce in enumerate(("now", "before")):
+            store.set(f"{SAMPLES}/{rank}", json.dumps({"nonce": nonce, "part": [[[0, 0.5]]]}))
+        assert _parts(store, [f"{SAMPLES}/{rank}" for rank in range(3)], "now") == [[{0: 0.5}]]
+        assert exchange_parts("now", [{1: 2.0}], stage_size=1) == [[{1: 2.0}]]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("args", "sizes"),
+    [({}, (1, 1)), ({"tp_size": 2, "pipeline-parallel-size": "4"}, (2, 4)), ({"tp": 8, "pp_size": None}, (8, 1))],
+)
+def test_parallel_sizes_by_any_of_their_names(args: dict[str, object], sizes: tuple[int, int]) -> None:
+    assert parallel_sizes(args) == sizes
+
+
+@pytest.mark.parametrize("args", [{"tp": 2, "tp_size": 2}, {"pp_size": 0}, {"tp_size": "two"}])
+def test_parallel_sizes_that_make_no_sense(args: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="as a whole number above 0"):
+        parallel_sizes(args)
+
+
+def test_ranks_of_a_server_share_the_cores() -> None:
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in server_env("cpu", "key", Path("/tmp/x"))
+    assert server_env("cpu", "key", Path("/tmp/x"), 3)["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 2
 
 
 def test_packed_projections_are_found_by_their_own_names() -> None:

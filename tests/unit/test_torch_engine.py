@@ -20,6 +20,8 @@ from rl_lightning.engines.torch import TorchEngine
 from rl_lightning.models.tiny import character_tokenizer, write_tiny_model
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
 from rl_lightning.weights.object_store import ObjectStoreTransport
+from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.transport import Sample, WeightTarget
 
 VOCABULARY = len(character_tokenizer())
 
@@ -100,7 +102,7 @@ async def answers(engine: Engine, asked: list[GenerationRequest]) -> list[Comple
 
 
 def staged(version: int, model: Any) -> Any:
-    return ObjectStoreTransport().stage(version, model.named_parameters(), ["engine"])[0]
+    return ObjectStoreTransport().stage(version, NamedWeights(model.named_parameters()), [WeightTarget("engine")])[0]
 
 
 def batch_of(engine: TorchEngine) -> Any:
@@ -379,9 +381,10 @@ def test_a_wrong_fingerprint_closes_the_engine_until_a_good_update(tiny: Path) -
             running = asyncio.create_task(engine.generate(request))
             await until(lambda: batch_of(engine).running, "the request to run")
             good = staged(1, perturbed(reference(tiny), 1))
-            name, values = next(iter(good.fingerprint.items()))
+            name, (shape, values) = next(iter(good.fingerprint.items()))
+            wrong = Sample(shape, (values[0] + 1, *values[1:]))
             with pytest.raises(WeightMismatchError, match=name):
-                await engine.update_weights(replace(good, fingerprint={name: (values[0] + 1, *values[1:])}))
+                await engine.update_weights(replace(good, fingerprint={name: wrong}))
             for waiting in (running, engine.generate(request), engine.health()):
                 with pytest.raises(EngineError, match="version 1"):
                     await waiting
@@ -405,7 +408,7 @@ def test_weights_that_do_not_fit_are_refused(tiny: Path, break_it: Callable[[lis
     async def scenario() -> None:
         async with started(tiny) as engine:
             weights = break_it(list(reference(tiny).named_parameters()))
-            update = ObjectStoreTransport().stage(1, weights, ["engine"])[0]
+            update = ObjectStoreTransport().stage(1, NamedWeights(weights), [WeightTarget("engine")])[0]
             with pytest.raises(EngineError, match=message):
                 await engine.update_weights(update)
 
@@ -423,7 +426,7 @@ def test_weights_in_bfloat16_and_in_small_objects(tiny: Path) -> None:
     async def scenario() -> None:
         async with started(tiny) as engine:
             transport = ObjectStoreTransport(bucket_bytes=10_000)
-            updates = transport.stage(7, halves, ["a", "b"])
+            updates = transport.stage(7, NamedWeights(halves), [WeightTarget("a"), WeightTarget("b")])
             assert len(updates) == 2 and len(updates[0].payload["buckets"]) > 3
             await engine.update_weights(updates[1])
             transport.release()
@@ -456,7 +459,7 @@ def test_weights_from_disk(tiny: Path, tmp_path: Path) -> None:
 
     model = perturbed(reference(tiny), 6)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
-    update = WeightUpdate(2, "disk", {"path": str(tmp_path)}, take_fingerprint(list(model.named_parameters())))
+    update = WeightUpdate(2, "disk", {"path": str(tmp_path)}, take_fingerprint(NamedWeights(model.named_parameters())))
     request = requests(1, SamplingParams(max_new_tokens=10, min_new_tokens=10))[0]
 
     async def scenario() -> None:

@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rl_lightning.weights.buckets import buckets_of
+from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import DistributedTransport, describe, flatten, unbound_default_group
+from rl_lightning.weights.fingerprint import find_mismatch, pick, sampled_positions, take_fingerprint
+from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.transport import WeightTarget
 
 WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16)), ("c", torch.zeros(1))]
+X, Y = WeightTarget("x"), WeightTarget("y")
 
 
 def test_a_staged_folder_holds_the_weights_and_only_the_newest_stays(tmp_path: Path) -> None:
     transport = DiskTransport(tmp_path / "weights", shard_bytes=24)
     for version in (1, 2):
-        updates = transport.stage(version, WEIGHTS, ["x", "y"])
+        updates = transport.stage(version, NamedWeights(WEIGHTS), [X, Y])
         transport.release()
     folder = Path(updates[0].payload["path"])
     held = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -36,8 +42,8 @@ def test_a_staged_folder_holds_the_weights_and_only_the_newest_stays(tmp_path: P
 
 def test_a_version_is_written_once(tmp_path: Path) -> None:
     transport = DiskTransport(tmp_path)
-    [first] = transport.stage(1, WEIGHTS, ["x"])
-    [again] = transport.stage(1, iter(()), ["x"])
+    [first] = transport.stage(1, NamedWeights(WEIGHTS), [X])
+    [again] = transport.stage(1, NamedWeights([]), [X])
     assert (again.payload, again.fingerprint) == (first.payload, first.fingerprint)
 
 
@@ -46,7 +52,75 @@ def test_buckets_flatten_to_bytes_that_their_description_takes_apart() -> None:
     assert [[name for name, _ in bucket] for bucket in buckets] == [["a", "b"], ["c"]]
     flat = flatten(buckets[0])
     assert torch.equal(flat[:24].view(torch.float32).view(2, 3), WEIGHTS[0][1])
-    assert describe(buckets[0]) == {"names": ["a", "b"], "dtypes": ["float32", "bfloat16"], "shapes": [[2, 3], [4]]}
+    description = describe(NamedWeights(buckets[0]).specs())
+    assert description == {"names": ["a", "b"], "dtypes": ["float32", "bfloat16"], "shapes": [[2, 3], [4]]}
+
+
+def test_the_plan_is_what_is_filled_one_bucket_at_a_time() -> None:
+    asked: list[str] = []
+
+    class Lazy(NamedWeights):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in WEIGHTS:
+                asked.append(name)
+                yield name, tensor
+
+    weights = Lazy(WEIGHTS)
+    plan = plan_buckets(weights.specs(), 32)
+    assert [[spec.name for spec in bucket] for bucket in plan] == [["a", "b"], ["c"]]
+    filled = fill_buckets(plan, weights)
+    assert [name for name, _ in next(filled)] == asked == ["a", "b"]
+    assert [name for name, _ in next(filled)] == ["c"] and next(filled, None) is None
+
+
+def test_weights_travel_in_the_engines_dtype_where_that_is_smaller(tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path)
+    for version, dtypes, expected in ((1, ["bfloat16"] * 2, torch.bfloat16), (2, ["bfloat16", "float32"], torch.float32)):
+        [update, _] = transport.stage(version, NamedWeights(WEIGHTS), [WeightTarget("x", dtype) for dtype in dtypes])
+        held = load_file(next(Path(update.payload["path"]).glob("*.safetensors")))
+        assert {name: tensor.dtype for name, tensor in held.items()} == {"a": expected, "b": torch.bfloat16, "c": expected}
+        samples = {name: pick(tensor) for name, tensor in held.items()}
+        assert update.fingerprint is not None and find_mismatch(update.fingerprint, samples.get) is None
+
+
+@given(st.integers(1, 3000))
+def test_samples_are_in_order_and_reach_from_the_first_value_to_the_last(count: int) -> None:
+    places = sampled_positions(count)
+    assert places == sorted(set(places)) and places[0] == 0 and places[-1] == count - 1
+    assert all(b - a <= -(-count // 400) for a, b in zip(places, places[1:], strict=False))
+
+
+def test_a_mismatch_is_named() -> None:
+    sent = take_fingerprint(NamedWeights(WEIGHTS))
+    held = {name: pick(tensor) for name, tensor in WEIGHTS}
+    assert find_mismatch(sent, held.get) is None
+    assert "no parameter c" in str(find_mismatch(sent, {**held, "c": None}.get))
+    assert "a differs in 1 of 6" in str(find_mismatch(sent, {**held, "a": torch.tensor([0.0, 1, 2, 3, 4, 6])}.get))
+    assert "b differs in 4 of 4" in str(find_mismatch(sent, {**held, "b": torch.full((4,), float("nan"))}.get))
+    assert "c has another size" in str(find_mismatch(sent, {**held, "c": torch.zeros(2)}.get))
+
+
+def test_engines_of_several_gpus_take_as_many_ranks(transport: DistributedTransport) -> None:
+    targets = [WeightTarget("x", ranks=2), WeightTarget("y"), WeightTarget("z", ranks=4)]
+    updates = transport.stage(1, NamedWeights(WEIGHTS), targets)
+    assert [update.payload["rank"] for update in updates] == [1, 3, 4]
+    assert [update.payload["engine"] for update in updates] == [0, 1, 2] and updates[0].payload["world_size"] == 8
+
+
+def test_the_weights_are_gathered_to_the_end_though_nobody_takes_them(transport: DistributedTransport) -> None:
+    """Other trainer ranks gather along: one that stopped would leave them waiting."""
+    given: list[str] = []
+
+    class Gathered(NamedWeights):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in WEIGHTS:
+                given.append(name)
+                yield name, tensor
+
+    transport.stage(1, Gathered(WEIGHTS), [X])
+    with pytest.raises(TimeoutError):
+        transport.send(0.1)
+    assert given == ["a", "b", "c"]
 
 
 @pytest.fixture
@@ -57,7 +131,7 @@ def transport() -> Iterator[DistributedTransport]:
 
 
 def test_an_engine_that_never_comes_is_named_within_the_deadline(transport: DistributedTransport) -> None:
-    transport.stage(1, WEIGHTS, ["x"])
+    transport.stage(1, NamedWeights(WEIGHTS), [X])
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="every engine to be ready"):
         transport.send(0.2)
@@ -65,7 +139,7 @@ def test_an_engine_that_never_comes_is_named_within_the_deadline(transport: Dist
 
 
 def test_an_engine_that_gives_up_ends_the_wait_at_once(transport: DistributedTransport) -> None:
-    [update, _] = transport.stage(1, WEIGHTS, ["x", "y"])
+    [update, _] = transport.stage(1, NamedWeights(WEIGHTS), [X, Y])
     channel = SyncChannel(connect_store("127.0.0.1", update.payload["port"]), update.payload["sync"])
     threading.Timer(0.1, channel.fail, ["no memory left"]).start()
     started = time.monotonic()
@@ -76,9 +150,9 @@ def test_an_engine_that_gives_up_ends_the_wait_at_once(transport: DistributedTra
 
 
 def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTransport) -> None:
-    [update] = transport.stage(1, WEIGHTS, ["x"])
+    [update] = transport.stage(1, NamedWeights(WEIGHTS), [X])
     channel = SyncChannel(connect_store("127.0.0.1", update.payload["port"]), update.payload["sync"])
-    channel.report_group(1, "")
+    channel.report_group(0, "")
     with pytest.raises(TimeoutError):
         transport.send(1.0)
     with pytest.raises(SyncFailed, match="gave up"):
@@ -86,7 +160,7 @@ def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTrans
 
 
 def test_each_transfer_has_names_of_its_own(transport: DistributedTransport) -> None:
-    [first], [second] = (transport.stage(version, WEIGHTS, ["x"]) for version in (1, 2))
+    [first], [second] = (transport.stage(version, NamedWeights(WEIGHTS), [X]) for version in (1, 2))
     assert first.payload["port"] == second.payload["port"] and first.payload["sync"] != second.payload["sync"]
     assert (first.payload["rank"], first.payload["world_size"]) == (1, 2)
 
