@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 import yaml
 
-from rl_lightning.types import Prompt
+from rl_lightning.types import GenerationRequest, Prompt
 
 ROOT = Path(__file__).parents[1]
-WAIT_S = 120.0
+WAIT_S = 300.0
 POLL_S = 0.05
 REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 1000.0, 3.0
-N_PROMPTS = 200
+N_PROMPTS, LONG = 200, 600
 WORKER, CONTROLLER, RANK = "RolloutWorkerActor", "RolloutControllerActor", "TrainWorker"
 
 
@@ -33,6 +33,11 @@ def slow_reward(prompt: Prompt, answer: str) -> float:
     """Takes its time, so that a run of small answers lasts long enough to be hurt."""
     time.sleep(REWARD_S)
     return len(answer) % 2
+
+
+def long_answer(request: GenerationRequest) -> list[int]:
+    """For a FakeEngine: so long that groups of 16 lie in the object store of the node where they were made."""
+    return [2 + (request.seed + i) % 8 for i in range(LONG)]
 
 
 def hanging_reward(prompt: Prompt, answer: str) -> float:
