@@ -190,16 +190,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path, outcomes = OUT / "fault_matrix.json", []
+    path = OUT / "fault_matrix.json"
+    result: dict[str, Any] = {"circumstances": circumstances(), "outcomes": []}
     for name in args.only:
         with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            outcomes += [asdict(outcome) for outcome in SCENARIOS[name](Path(folder))]
-        logger.info("%s", table(outcomes))
-    if args.only != list(SCENARIOS):
-        return
-    result = {"circumstances": circumstances(), "outcomes": outcomes}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(result))
+            result["outcomes"] += [asdict(outcome) for outcome in SCENARIOS[name](Path(folder))]
+        logger.info("%s", table(result["outcomes"]))
+        if args.only == list(SCENARIOS):
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            path.with_suffix(".md").write_text(page(result))
 
 
 if __name__ == "__main__":
