@@ -1,7 +1,7 @@
 """The same training at several bounds of staleness, with answers of long-tailed length, beside what either side does alone.
 
     python benchmarks/gpu/async_vs_sync.py                            # 2 GPUs: one generates, one trains; weights by NCCL
-    python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through shared memory
+    python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through its memory
 
 The model has a real one's shape and random weights, so an answer never ends by itself: its length is drawn from a lognormal
 distribution, a function of (seed, group, answer).  One SGLang server and one training process serve all turns: the engine
@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=0.9, help="of the logarithm of the length")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longest answer")
     parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
-    parser.add_argument("--transport", help="weight_transport; distributed apart and disk colocated by default")
+    parser.add_argument("--transport", help="weight_transport; distributed apart and tensor colocated by default")
     parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
     parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     apart = args.layout == "apart"
     args.in_flight = args.in_flight or args.prompts
     args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
-    args.transport = args.transport or ("distributed" if apart and not args.cpu else "disk")
+    args.transport = args.transport or ("disk" if args.cpu else "distributed" if apart else "tensor")
     args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
     args.checkpointing = args.checkpointing or ("none" if args.cpu or (apart and args.shape == "0.6b") else "full")
     args.out = args.out or ROOT / "docs" / "benchmarks" / f"async_vs_sync_{args.layout}.json"

@@ -29,9 +29,8 @@ SEEDS = {"train": 11, "val": 12}
 
 
 def task_options(*, cpu: bool) -> dict[str, Any]:
-    """`Calculate 32-15+86.`: two or three numbers of up to two digits; on a CPU two of one digit."""
-    size = {"max_terms": 2, "max_digits": 1} if cpu else {"max_terms": 3, "max_digits": 2}
-    return {"min_terms": 2, "min_digits": 1, **size, **PLAIN}
+    """`Calculate 32-15.`: sum or difference of two numbers, of one or two digits; on a CPU of one."""
+    return {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1 if cpu else 2, **PLAIN}
 
 
 class Imitator(SFTModule):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl_lightning.strategies.allocation import check_size, check_supported, parse_allocation
+from rl_lightning.strategies.demand import Demand, sentence
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -102,3 +103,8 @@ def test_the_guides_allocations_fit_their_nodes() -> None:
         check_size(parse_allocation("sglang.d4p1m1+d4p1m1"), 1, 4)
     shown = re.search(r"`(allocation_mode='.*? = 4)`", GUIDE)
     assert shown is not None and str(refused.value).startswith(shown[1])
+
+
+def test_the_guide_explains_what_the_run_says() -> None:
+    parts = [Demand("engine", 4, {"GPU": 1.0}, ""), Demand("trainer rank", 4, {"GPU": 1.0}, "")]
+    assert f"`{sentence(parts, [{'GPU': 4.0}], ['GPU'])}`" in GUIDE

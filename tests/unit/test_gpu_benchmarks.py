@@ -117,5 +117,5 @@ def test_what_follows_from_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
     apart, together = parsed(), parsed("--layout", "colocated")
     assert (apart.engine_gpu, apart.trainer_gpu, apart.transport) == (0, 1, "distributed")
-    assert (together.engine_gpu, together.trainer_gpu, together.transport) == (0, 0, "disk")
+    assert (together.engine_gpu, together.trainer_gpu, together.transport) == (0, 0, "tensor")
     assert parsed("--cpu").engine_gpu is None and parsed("--shape", "1.7b").checkpointing == "full"
