@@ -9,6 +9,7 @@ nodes are all on this machine.  Most of the seconds are the machine's: Python, t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 import psutil
 from circumstances import circumstances
-from fault_run import CONTROLLER, HANG_S, N_PROMPTS, RANK, REWARD_TIMEOUT_S, WORKER, FaultRun
+from fault_run import CONTROLLER, HANG_S, N_PROMPTS, RANK, REWARD_TIMEOUT_S, SERVER, WORKER, FaultRun
 
 logger = logging.getLogger("fault_matrix")
 
@@ -105,6 +106,20 @@ def killed_engine(folder: Path) -> list[Outcome]:
     return killed(WORKER, "engine", 0, lambda run: run.statistic("rollout/engine_restarts") == 1, happened, folder)
 
 
+def killed_server(folder: Path) -> list[Outcome]:
+    """The server of a run with a single SGLangEngine, where SGLang is installed."""
+    if importlib.util.find_spec("sglang") is None:
+        return []
+    with FaultRun(
+        folder, [3], data__num_engines=1, data__engine='{"class_path": "rl_lightning.engines.sglang.SGLangEngine"}'
+    ) as run:
+        run.wait(lambda: run.steps >= 5, "first steps")
+        times = measure(run, lambda: run.kill(SERVER), lambda: run.statistic("rollout/engine_restarts") == 1)
+        finish(run, restarts=0)
+    happened = "its worker started it again, it got the weights, then the prompts that were in flight"
+    return [Outcome("SGLang server, the only one", "kill -9 of the server", happened, *times)]
+
+
 def killed_driver(folder: Path) -> list[Outcome]:
     """The process that the user started."""
     with FaultRun(folder, [4], data__num_engines=2) as run:
@@ -152,7 +167,7 @@ def finish(run: FaultRun, restarts: int) -> None:
 SCENARIOS: dict[str, Callable[[Path], list[Outcome]]] = {
     scenario.__name__: scenario
     for scenario in (
-        lost_node, added_engine, killed_engine, killed_rank, killed_controller, killed_driver, hung_reward
+        lost_node, added_engine, killed_engine, killed_server, killed_rank, killed_controller, killed_driver, hung_reward
     )
 }  # fmt: skip
 
@@ -166,9 +181,11 @@ def table(outcomes: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def page(result: dict[str, Any]) -> str:
-    """The benchmark's page."""
-    made = result["circumstances"]
+def page(measured: dict[str, Any]) -> str:
+    """The benchmark's page: scenarios by name, each with its circumstances and outcomes."""
+    made = next(iter(measured.values()))
+    outcomes = [outcome for scenario in measured.values() for outcome in scenario["outcomes"]]
+    times = sorted({f"{scenario['date']} (commit {scenario['commit'][:12]})" for scenario in measured.values()})
     return f"""# What faults cost
 
 Each fault was done to a run of {N_PROMPTS} prompts with two engines and a rank, on nodes that are all one machine, shared with
@@ -176,9 +193,9 @@ other work. Every run ended well, and every prompt was trained on exactly once (
 effect in the run's log; *trains on*: the first step that ended after that. Silence counts as death after `worker_timeout_s`, 5 s
 here and 60 s by default.
 
-{table(result["outcomes"])}
+{table(outcomes)}
 
-{made["date"]}, {made["machine"]}, Python {made["python"]}, commit {made["commit"][:12]}.
+{", ".join(times)}, {made["machine"]}, Python {made["python"]}.
 
     python benchmarks/fault_matrix.py
 """
@@ -190,16 +207,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path, outcomes = OUT / "fault_matrix.json", []
+    path = OUT / "fault_matrix.json"
     for name in args.only:
+        measured: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            outcomes += [asdict(outcome) for outcome in SCENARIOS[name](Path(folder))]
+            outcomes = [asdict(outcome) for outcome in SCENARIOS[name](Path(folder))]
+        measured[name] = {**circumstances(), "outcomes": outcomes}
+        measured = {scenario: measured[scenario] for scenario in SCENARIOS if scenario in measured}
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page(measured))
         logger.info("%s", table(outcomes))
-    if args.only != list(SCENARIOS):
-        return
-    result = {"circumstances": circumstances(), "outcomes": outcomes}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(result))
 
 
 if __name__ == "__main__":

@@ -19,20 +19,26 @@ from typing import Any
 import psutil
 import yaml
 
-from rl_lightning.types import Prompt
+from rl_lightning.types import GenerationRequest, Prompt
 
 ROOT = Path(__file__).parents[1]
-WAIT_S = 120.0
+WAIT_S = 300.0
 POLL_S = 0.05
 REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 1000.0, 3.0
-N_PROMPTS = 200
+N_PROMPTS, LONG = 200, 600
 WORKER, CONTROLLER, RANK = "RolloutWorkerActor", "RolloutControllerActor", "TrainWorker"
+SERVER = "rl_lightning.engines.sglang_server"
 
 
 def slow_reward(prompt: Prompt, answer: str) -> float:
     """Takes its time, so that a run of small answers lasts long enough to be hurt."""
     time.sleep(REWARD_S)
     return len(answer) % 2
+
+
+def long_answer(request: GenerationRequest) -> list[int]:
+    """For a FakeEngine: so long that groups of 16 lie in the object store of the node where they were made."""
+    return [2 + (request.seed + i) % 8 for i in range(LONG)]
 
 
 def hanging_reward(prompt: Prompt, answer: str) -> float:
@@ -93,14 +99,14 @@ class FaultRun:
             _kill(process)
 
     def actors(self, name: str, node: int | None = None) -> list[psutil.Process]:
-        """Processes of the actors called `name`, on one node or on all."""
+        """Processes of the actors called `name`, or of the module `name`, on one node or on all."""
         nodes = self.nodes if node is None else [self.nodes[node]]
         raylets = [n.all_processes["raylet"][0].process.pid for n in nodes if "raylet" in n.all_processes]
         found = [process for pid in raylets for process in _tree(pid)]
-        return [process for process in found if _command(process).startswith(f"ray::{name}")]
+        return [process for process in found if (line := _command(process)).startswith(f"ray::{name}") or f"-m {name} " in line]
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the first actor called `name`."""
+        """SIGKILL to the first of `actors(name)`."""
         _kill(self.actors(name)[0])
 
     # -- what the run says

@@ -136,8 +136,9 @@ class SGLangClient:
             pause_s = min(2 * pause_s, 0.1)
 
     async def load_from_disk(self, path: str) -> None:
-        """Replaces the weights by those in a folder."""
-        await self.call("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": False})
+        """Replaces the weights by those in a folder, also in a server that began with random ones (`load_format: dummy`)."""
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}
+        await self.call("POST", "/update_weights_from_disk", body)
 
     async def join_group(self, **where: Any) -> None:
         """Joins a process group; returns when all its members have."""

@@ -118,6 +118,10 @@ class RolloutError(RuntimeError):
     """The rollout side cannot go on; the message says why and what to change."""
 
 
+class StepLostError(RuntimeError):
+    """What the step under way needs is gone; the engines are well, and another attempt from the checkpoint has it again."""
+
+
 class GroupFilterError(ValueError):
     """The user's `group_filter` raised; the message names it and the group."""
 
@@ -267,6 +271,7 @@ class RolloutController:
 
         Raises:
             RolloutError, GroupFilterError: there will never be one; says why.
+            StepLostError: there was one, before the controller was restarted.
         """
         deadline = self._clock() + wait_s
         while not (self._compose(version, world_size) and self._complete(rank)):
@@ -283,7 +288,7 @@ class RolloutController:
         The rank's next `take` gives the others and as many more as are missing, once there are.
 
         Raises:
-            RolloutError: the share itself is gone, because the controller was restarted since.
+            StepLostError: the share itself is gone, because the controller was restarted since.
         """
         if self._shares is None or self._shares[0] != version:
             raise _gone(version)
@@ -305,7 +310,7 @@ class RolloutController:
         """All answers of an evaluation in the order of their positions, once complete."""
         deadline = self._clock() + wait_s
         if not self._evaluations.knows(evaluation):
-            raise RolloutError("the validation under way was lost with the controller's process; go on from the checkpoint")
+            raise StepLostError("the validation under way was lost with the controller's process; go on from the checkpoint")
         while (contents := self._evaluations.results(evaluation)) is None:
             await self.check()
             if not await self._wait_until(deadline):
@@ -482,5 +487,5 @@ class RolloutController:
         return self._clock() < deadline
 
 
-def _gone(version: int) -> RolloutError:
-    return RolloutError(f"the batch of step {version + 1} was lost with the controller's process; go on from the checkpoint")
+def _gone(version: int) -> StepLostError:
+    return StepLostError(f"the batch of step {version + 1} was lost with the controller's process; go on from the checkpoint")

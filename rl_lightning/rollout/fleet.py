@@ -124,7 +124,7 @@ class RolloutFleet:
         env = {"env_vars": {**worker_environment(), "TOKENIZERS_PARALLELISM": "false", **env_vars}}
         # Workers find the controller by name: Ray cannot restart actors that got a handle as an argument.
         name = f"rollout-controller-{uuid.uuid4().hex[:8]}"
-        options = {"name": name, "num_cpus": 0, "runtime_env": env, "max_restarts": -1, "scheduling_strategy": beside_me()}
+        options = {"name": name, "runtime_env": env, "max_restarts": -1, **beside_me()}
         handle = ray.remote(RolloutControllerActor).options(**options).remote(source, controller, validation)
         fleet = cls(handle, settings, wanted=settings.min_engines)
         actor = ray.remote(RolloutWorkerActor).options(

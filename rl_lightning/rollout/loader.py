@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.rollout.controller import RolloutError, Share, Waiting
+from rl_lightning.rollout.controller import RolloutError, Share, StepLostError, Waiting
 from rl_lightning.types import Batch, RolloutGroup
 
 if TYPE_CHECKING:
@@ -80,6 +80,16 @@ def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[Rollou
     return groups, lost
 
 
+def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
+    """Answers may be waited for anew only by a rank that waits for itself.
+
+    Raises:
+        StepLostError: all ranks wait together, and those that have their answers have gone on.
+    """
+    if lost and agree is not None:
+        raise StepLostError(f"the answers of {len(lost)} prompts were lost with their node; go on from the checkpoint")
+
+
 class RolloutLoader:
     """One rank's batches of one epoch. It has a length, so Lightning fetches none ahead: at eta = 0 that would deadlock.
 
@@ -122,6 +132,7 @@ class RolloutLoader:
         version, started = self._step(), time.monotonic()
         groups, lost = fetch(self._take(version, self._resync, self._agree))
         while lost:
+            check_lost(lost, self._agree)
             self._fleet.call("lost", version, self._rank, lost)
             # the other ranks are no longer here: this one cannot send a model of which they hold pieces
             groups, lost = fetch(self._take(version, None if self._agree is not None else self._resync, None))
@@ -175,6 +186,7 @@ class EvaluationLoader:
         answered: dict[int, RolloutGroup] = {}
         while missing := [position for position in self._positions if position not in answered]:
             groups, lost = fetch(self._answers(missing))
+            check_lost(lost, self._agree)
             there = [position for place, position in enumerate(missing) if place not in lost]
             answered.update(zip(there, groups, strict=True))
         batch = collate([answered[position] for position in self._positions])

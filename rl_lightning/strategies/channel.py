@@ -92,7 +92,7 @@ def start_channel(world_size: int) -> Any:
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)
     try:
-        actor: Any = ray.remote(RunChannel).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=beside_me())
+        actor: Any = ray.remote(RunChannel).options(max_concurrency=1000, **beside_me())
         return actor.remote(world_size)
     finally:
         cloudpickle.unregister_pickle_by_value(here)

@@ -34,9 +34,6 @@ class RayStrategy(RayRanks, DDPStrategy):
         process_group_backend: of torch.distributed; None is gloo or nccl.
         **kwargs: of DDPStrategy and of torch's DistributedDataParallel.
 
-    Attributes:
-        reserved: the ranks' places on the cluster, kept on the driver between an attempt that failed and the next one.
-
     Raises:
         ValueError: a size that is not positive.
     """

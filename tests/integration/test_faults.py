@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.fault_run import CONTROLLER, N_PROMPTS, RANK, WORKER, FaultRun
 
 pytestmark = pytest.mark.slow
+LONG_ANSWER = "benchmarks.fault_run.long_answer"
 
 
 @pytest.fixture
@@ -43,6 +45,22 @@ def test_a_lost_node_costs_time_and_no_prompt_and_its_replacement_works(folder: 
         run.finish()
         assert run.restarts == 0
         assert_every_prompt_was_trained_on_once(run)
+
+
+def test_answers_that_lay_on_a_lost_node_are_generated_again(folder: Path) -> None:
+    options = {
+        "data__engine": json.dumps({"class_path": "rl_lightning.testing.FakeEngine", "init_args": {"answer": LONG_ANSWER}}),
+        "data__rewards": '[{"reward": "rl_lightning.rewards.exact.exact_match"}]',
+        "data__group_size": 16,
+        "data__generation__max_new_tokens": 1000,
+        "data__prompts__init_args__size": 40,
+    }
+    with FaultRun(folder, [3, 1], data__num_engines=2, **options) as run:
+        run.wait(lambda: run.statistic("rollout/groups_buffered") >= 6, "answers that wait for the trainer")
+        run.kill_node(1)
+        run.finish()
+        assert "were lost with their node: they are answered again first" in (folder / "output").read_text()
+        assert run.restarts == 0 and run.trained() == {index: 1 for index in range(40)}
 
 
 def test_an_engine_that_is_added_while_the_run_is_under_way_gets_work(folder: Path) -> None:

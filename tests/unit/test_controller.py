@@ -4,7 +4,15 @@ import pytest
 
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, GroupRecord, RolloutController, RolloutError, Share, Waiting
+from rl_lightning.rollout.controller import (
+    ControllerSettings,
+    GroupRecord,
+    RolloutController,
+    RolloutError,
+    Share,
+    StepLostError,
+    Waiting,
+)
 from rl_lightning.testing import FakeClock, FakePrompts
 from rl_lightning.types import SamplingParams
 
@@ -219,7 +227,7 @@ def test_groups_that_were_lost_with_their_node_are_answered_again_for_the_same_s
         assert again.index == 1
         await controller.put("a", again, DONE, "again")
         assert (await controller.take(0)).contents == (0, 2, "again")
-        with pytest.raises(RolloutError, match="batch of step 2 was lost"):
+        with pytest.raises(StepLostError, match="batch of step 2 was lost"):
             await controller.lost(1, 0, [0])
 
     run(scenario())
@@ -255,7 +263,7 @@ def test_a_restarted_controller_goes_on_from_what_rank_0_got_with_its_share():
         await restarted.begin(state, published=True)
         await restarted.register("a", "a-1", None)
         assert (await restarted.take(1, wait_s=AT_ONCE)).unsynced == (("a", None),), "it asks for the weights by itself"
-        with pytest.raises(RolloutError, match="batch of step 1 was lost"):
+        with pytest.raises(StepLostError, match="batch of step 1 was lost"):
             await restarted.take(0, rank=1, world_size=2)
         await restarted.publish(1, ["a"])
         assert [x.index for x in await restarted.lease("a", 9)] == [2, 3, 4, 5]
