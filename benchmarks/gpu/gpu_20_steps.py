@@ -9,6 +9,7 @@ writes table and JSON. The first steps, in which kernels compile and the pipelin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from shared_server import ON_GPU  # noqa: E402
 from turn import kill_tree  # noqa: E402
 
@@ -31,6 +32,14 @@ logger = logging.getLogger("gpu_20_steps")
 
 RECIPE = ROOT / "recipes" / "async_ppo_0.6b_gpu2.yaml"
 STEPS = 20
+TITLE = "Twenty steps through the command line on two GPUs"
+ABOUT = """`rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`: a Qwen3-0.6B shape of random weights, one GPU generates
+and one trains. {:.0f} s in all, the start of Ray, engine and trainer among them; it ended with status {}."""
+LEGEND = """The mean is of the steps from {} on. Times of the weights are those of the step itself; the first step has the
+engine's start in its time. Towards the end the engine has generated all that the run needs, and stands still."""
+STOP_S = 30.0
+"""For a run that takes too long to end by itself."""
+
 SCALARS = {
     "time/step": "s/step",
     "throughput/trained_tokens_per_s": "trained tokens/s",
@@ -75,9 +84,10 @@ def main() -> None:
         "ended_with": code,
     }
     document |= {"seconds_in_all": round(seconds, 1), "mean_from_step": args.warmup + 1, "mean": means(steps[args.warmup :])}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**document, "steps": steps}, indent=1) + "\n")
-    logger.info("%s", table(steps, document["mean"]))
+    rows = table(steps, document["mean"])
+    about = ABOUT.format(document["seconds_in_all"], code)
+    write_results(args.out, {**document, "steps": steps}, TITLE, about, rows, LEGEND.format(args.warmup + 1))
+    logger.info("%s", rows)
     if code or len(steps) != STEPS:
         raise SystemExit(f"{len(steps)} of {STEPS} steps, status {code}")
 
@@ -86,7 +96,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--warmup", type=int, default=5, help="steps left out of the means")
-    parser.add_argument("--budget-s", type=float, default=420.0, help="seconds after which the run is ended")
+    parser.add_argument("--budget-s", type=float, default=360.0, help="seconds after which the run is ended")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_20_steps.json")
     parser.add_argument("options", nargs="*", help="further options of `rl-lightning fit`, after --")
@@ -110,6 +120,9 @@ def run(words: list[str], env: dict[str, str], seconds: float) -> int | str:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        process.terminate()  # it then writes what it has measured
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
         return f"ended after {seconds:.0f} s"
     finally:
         kill_tree(process.pid)
@@ -144,7 +157,7 @@ def table(steps: list[dict[str, float]], mean_step: dict[str, float]) -> str:
     lines = [f"| step | {' | '.join(SCALARS.values())} |", "|---" * (len(SCALARS) + 1) + "|"]
     rows: list[tuple[Any, dict[str, float]]] = [(int(step["step"]), step) for step in steps]
     for name, row in [*rows, ("mean", mean_step)]:
-        lines.append(f"| {name} | {' | '.join(f'{row[key]:,.4g}' if key in row else '-' for key in SCALARS)} |")
+        lines.append(f"| {name} | {' | '.join(shown(row[key]) if key in row else '-' for key in SCALARS)} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.rollout.controller import RolloutError, Share, Waiting
-from rl_lightning.types import Batch
+from rl_lightning.rollout.controller import RolloutError, Share, StepLostError, Waiting
+from rl_lightning.types import Batch, RolloutGroup
 
 if TYPE_CHECKING:
     from rl_lightning.rollout.fleet import RolloutFleet
@@ -25,6 +26,7 @@ Agree = Callable[[Any], Any]
 
 POLL_S = 5.0
 PROGRESS_S = 30.0
+FETCH_TIMEOUT_S = 300.0
 
 
 def await_share(
@@ -62,11 +64,30 @@ def _waiting(answer: Share | Waiting) -> Waiting | None:
     return answer if isinstance(answer, Waiting) else None
 
 
-def fetch(share: Share, timeout_s: float = 300.0) -> list[Any]:
-    """The groups behind a share's references."""
+def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[RolloutGroup], list[int]]:
+    """(the groups behind a share's references, places of those that went down with their node)."""
     import ray
 
-    return ray.get([ref for content in share.contents for ref in content], timeout=timeout_s)
+    refs = [ref for (ref,) in share.contents]
+    with contextlib.suppress(ray.exceptions.ObjectLostError):
+        return ray.get(refs, timeout=timeout_s), []
+    groups, lost = [], []
+    for place, ref in enumerate(refs):
+        try:
+            groups.append(ray.get(ref, timeout=timeout_s))
+        except ray.exceptions.ObjectLostError:
+            lost.append(place)
+    return groups, lost
+
+
+def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
+    """Answers may be waited for anew only by a rank that waits for itself.
+
+    Raises:
+        StepLostError: all ranks wait together, and those that have their answers have gone on.
+    """
+    if lost and agree is not None:
+        raise StepLostError(f"the answers of {len(lost)} prompts were lost with their node; go on from the checkpoint")
 
 
 class RolloutLoader:
@@ -109,15 +130,24 @@ class RolloutLoader:
 
     def _next(self) -> Batch:
         version, started = self._step(), time.monotonic()
+        groups, lost = fetch(self._take(version, self._resync, self._agree))
+        while lost:
+            check_lost(lost, self._agree)
+            self._fleet.call("lost", version, self._rank, lost)
+            # the other ranks are no longer here: this one cannot send a model of which they hold pieces
+            groups, lost = fetch(self._take(version, None if self._agree is not None else self._resync, None))
+        return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
+
+    def _take(self, version: int, resync: Resync | None, agree: Agree | None) -> Share:
         share = await_share(
             lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S),
-            self._resync,
+            resync,
             self._timeout_s,
             f"batch for step {version + 1}",
-            self._agree,
+            agree,
         )
-        batch = collate(fetch(share))
-        return replace(batch, version=version, wait_s=time.monotonic() - started)
+        self._fleet.state = share.state
+        return share
 
     def state_dict(self) -> dict[str, int]:
         """Steps finished in this epoch: a batch that was given but not trained on does not count."""
@@ -153,12 +183,21 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         started = time.monotonic()
-        evaluation = self._fleet.call("begin_evaluation", self._positions)
-        share = await_share(
+        answered: dict[int, RolloutGroup] = {}
+        while missing := [position for position in self._positions if position not in answered]:
+            groups, lost = fetch(self._answers(missing))
+            check_lost(lost, self._agree)
+            there = [position for place, position in enumerate(missing) if place not in lost]
+            answered.update(zip(there, groups, strict=True))
+        batch = collate([answered[position] for position in self._positions])
+        yield replace(batch, version=self._step(), wait_s=time.monotonic() - started)
+
+    def _answers(self, positions: list[int]) -> Share:
+        evaluation = self._fleet.call("begin_evaluation", positions)
+        return await_share(
             lambda: self._fleet.call("take_evaluation", evaluation, POLL_S),
             self._resync,
             self._timeout_s,
-            f"validation of {len(self._positions)} prompts",
+            f"validation of {len(positions)} prompts",
             self._agree,
         )
-        yield replace(collate(fetch(share)), version=self._step(), wait_s=time.monotonic() - started)

@@ -17,6 +17,8 @@ from rl_lightning.strategies.environment import Rank, RayEnvironment, become_ran
 from rl_lightning.strategies.progress import replace_bars
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from rl_lightning.strategies.channel import EventSender
     from rl_lightning.strategies.stopping import StopGate
 
@@ -28,6 +30,9 @@ class RayRanks(ParallelStrategy):
     states and counters back, so that the trainer can be asked afterwards as if it had trained itself.  If a rank fails,
     the others are ended and one RayWorkerError names it.  Ctrl-C or SIGTERM at the driver lets the ranks finish
     their step and raises in all of them at the same one, so that callbacks can save.
+
+    Attributes:
+        reserved: the ranks' places on the cluster, kept on the driver between an attempt that failed and the next one.
     """
 
     num_nodes: int
@@ -40,6 +45,7 @@ class RayRanks(ParallelStrategy):
         num_workers: int | None,
         num_cpus_per_worker: float,
         num_gpus_per_worker: float | None,
+        address: str | None,
         ray_init: Mapping[str, Any] | None,
         env_vars: Mapping[str, str] | None,
         start_timeout_s: float,
@@ -58,11 +64,12 @@ class RayRanks(ParallelStrategy):
         self.cluster_environment = RayEnvironment()
         self.num_workers = num_workers
         self.num_cpus_per_worker, self.num_gpus_per_worker = num_cpus_per_worker, num_gpus_per_worker
-        self.ray_init: Mapping[str, Any] = dict(ray_init or {})
+        self.ray_init: Mapping[str, Any] = {**(ray_init or {}), **({} if address is None else {"address": address})}
         self.env_vars: Mapping[str, str] = dict(env_vars or {})
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
         self.collective_timeout_s = collective_timeout_s
         self.return_weights = return_weights
+        self.reserved: PlacementGroup | None = None
         self._rank: Rank | None = None
         self._store: torch.distributed.Store | None = None
         self._sender: EventSender | None = None
@@ -105,6 +112,10 @@ class RayRanks(ParallelStrategy):
         from rl_lightning.strategies.launcher import RayLauncher
 
         self._launcher = RayLauncher(self)
+
+    def adopt(self, before: RayRanks) -> None:
+        """Takes the places that the strategy of a failed attempt has kept."""
+        self.reserved, before.reserved = before.reserved, None
 
     def set_callbacks_aside(self, trainer: Trainer) -> None:
         """Keeps the driver's callbacks from `on_exception`: they have had it in the workers, and here they would save nothing."""

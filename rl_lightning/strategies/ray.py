@@ -22,8 +22,9 @@ class RayStrategy(RayRanks, DDPStrategy):
         num_workers: ranks; None is what the trainer's `devices` and `num_nodes` say.
         num_cpus_per_worker: Ray CPUs that each worker takes, above 0.
         num_gpus_per_worker: Ray GPUs that each takes; None is 1 if the trainer's accelerator is CUDA, else 0.
-        ray_init: arguments of `ray.init`, `address` among them: `local` starts a cluster on this machine, `auto` or
-            `host:port` joins one; by default one that runs is joined and else one is started.
+        address: `local` starts a Ray cluster on this machine, `auto` joins the one that runs on it, `host:port` that one;
+            null is the environment variable RAY_ADDRESS, else a cluster that runs here is joined or one is started.
+        ray_init: other arguments of `ray.init`.
         env_vars: environment variables of the workers.
         start_timeout_s: longest time until all workers are up.
         stop_timeout_s: longest time between a signal and the end of the workers.
@@ -44,6 +45,7 @@ class RayStrategy(RayRanks, DDPStrategy):
         num_workers: int | None = None,
         num_cpus_per_worker: float = 1.0,
         num_gpus_per_worker: float | None = None,
+        address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
         start_timeout_s: float = 300.0,
@@ -58,6 +60,7 @@ class RayStrategy(RayRanks, DDPStrategy):
             num_workers=num_workers,
             num_cpus_per_worker=num_cpus_per_worker,
             num_gpus_per_worker=num_gpus_per_worker,
+            address=address,
             ray_init=ray_init,
             env_vars=env_vars,
             start_timeout_s=start_timeout_s,

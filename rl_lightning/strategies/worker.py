@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 
 from rl_lightning.strategies.channel import CALL_TIMEOUT_S, EventSender, forward_logging
+from rl_lightning.strategies.companion import find_companion
 from rl_lightning.strategies.environment import Rank, become_rank
 from rl_lightning.strategies.failures import WorkerFailure
 from rl_lightning.strategies.job import Job
@@ -74,6 +75,9 @@ class TrainWorker:
         from ray import cloudpickle
 
         trainer, function, args, kwargs = cloudpickle.loads(job.blob)
+        companion = find_companion((*args, *kwargs.values()))
+        if companion is not None:
+            companion.join(job.shared)
         gate = StopGate(agreement(channel, rank.index))
         gate.install(trainer)
         strategy: RayRanks = trainer.strategy
