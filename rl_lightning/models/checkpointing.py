@@ -24,7 +24,6 @@ from rl_lightning.models.layers import decoder_layers
 from rl_lightning.models.logprobs import CHUNK_LOGITS
 from rl_lightning.models.memory import spare_gpu_bytes
 from rl_lightning.models.sharding import piece_size
-from rl_lightning.models.sharding import piece_size
 from rl_lightning.models.varlen import ATTENTION_OP
 
 Level = Literal["none", "light", "selective", "full"]
