@@ -184,7 +184,7 @@ class RLCLI(LightningCLI):
 
     def _announce(self, run: RunConfig) -> None:
         strategy = type(self.trainer.strategy).__name__
-        ray = " on Ray" if strategy == "RayStrategy" else ""
+        ray = " on Ray" if strategy.startswith("Ray") else ""
         model, data = type(self.model).__name__, type(self.datamodule).__name__
         logger.info("rl-lightning %s: %s %s with %s, %s%s", __version__, self.subcommand, model, data, strategy, ray)
         logger.info("Experiment %s, trial %s", run.experiment, run.trial)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rl_lightning.callbacks.share import share_number
 from rl_lightning.rollout.replay import ReplayDataModule
 from rl_lightning.rollout.saved_step import SavedStep
 from rl_lightning.types import Batch
@@ -90,7 +91,8 @@ class NonFiniteGuard(Callback):
         trainer.strategy.barrier("folder of the dump")
         generation = getattr(getattr(trainer, "datamodule", None), "generation", None)
         step = SavedStep(batch.to("cpu"), batch_idx, trainer.num_training_batches, generation)
-        step.save(part / f"batch_rank{trainer.global_rank}.pt")
+        if (share := share_number(trainer)) is not None:
+            step.save(part / f"batch_rank{share}.pt")
         trainer.save_checkpoint(part / CHECKPOINT, weights_only=False)
 
     def _publish(self, trainer: Trainer) -> Path:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from rl_lightning.callbacks.share import share_number
 from rl_lightning.types import Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -40,15 +41,19 @@ class RolloutLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens this rank's file behind the last step that counts."""
+        share = share_number(trainer)
+        if share is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"rank{trainer.global_rank}.jsonl"
+        path = self.folder / f"rank{share}.jsonl"
         _drop_later_steps(path, trainer.global_step)
         self._file = path.open("a", encoding="utf-8")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes this batch's answers."""
         groups: Sequence[RolloutGroup] = getattr(batch, "groups", ())
-        assert self._file is not None
+        if self._file is None:
+            return
         for record in records(groups, trainer.global_step):
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()

@@ -5,6 +5,7 @@ Source: PyTorch FSDP (arXiv 2304.11277), Megatron-LM (arXiv 1909.08053).
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Sharding:
         """
         from torch.distributed.fsdp import register_fsdp_forward_method
 
+        # on two dimensions weights are gathered one after the other, which torch finds worth a warning on each rank
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         base = model.base_model
         prefix = f"{model.base_model_prefix}." if base is not model else ""
         plan = self._tensor_plan(model)

@@ -74,13 +74,24 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
             return_weights=False,  # the driver's module is empty, and the whole model may fit nowhere
         )
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How data is shared out: over the data-parallel ranks; the driver counts as the first."""
+        if self._device_mesh is not None:
+            return super().distributed_sampler_kwargs
+        return {"num_replicas": self.world_size // self._tensor_size, "rank": 0}
+
     def setup_environment(self) -> None:
         """Joins the process group and lays the ranks out in rows of `tensor_parallel_size`."""
-        tensor: Any = self._tensor_parallel_size
-        if self.world_size % tensor:
-            raise ValueError(f"tensor_parallel_size={tensor} does not divide the {self.world_size} ranks")
-        self._data_parallel_size = self.world_size // tensor
+        if self.world_size % self._tensor_size:
+            raise ValueError(f"tensor_parallel_size={self._tensor_size} does not divide the {self.world_size} ranks")
+        self._data_parallel_size = self.world_size // self._tensor_size
         super().setup_environment()
+
+    @property
+    def _tensor_size(self) -> int:
+        assert isinstance(self._tensor_parallel_size, int), "the constructor takes a number"
+        return self._tensor_parallel_size
 
     def model_to_device(self) -> None:
         """Moves what is not offloaded."""
