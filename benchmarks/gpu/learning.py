@@ -5,7 +5,8 @@
 
 18 M parameters from scratch on reasoning-gym's `basic_arithmetic`: imitation until a quarter of the sampled answers are right,
 then PPO with the engine on the same GPU, at eta 4 and at eta 0, from the same weights, over the same prompts and as many
-steps. One SGLang server, which starts while the imitator learns, serves both runs. Validation is part of the wall time.
+steps. One SGLang server, which starts while the imitator learns, serves both runs. A run of one step comes before them,
+in which kernels compile. Validation is part of the wall time.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Curve(pl.Callback):
             **{n: seen[n] for n in names if n in seen},
         }
         line["update_s"] = seen["time/recompute"] + seen["time/update"]
+        line["sync_s"] = float(trainer.callback_metrics.get("time/weight_sync", 0.0))  # of the step before
         self.steps.append({name: round(value, 4) for name, value in line.items()})
         trainer.should_stop = trainer.should_stop or self.now_s > self.seconds
 
@@ -138,6 +140,8 @@ def learn(args: argparse.Namespace, folder: Path, model: Path, engine: Engine, s
     save(args, document)
     ray_init = {"address": "local", "num_cpus": 8, "num_gpus": 0, "include_dashboard": False}
     connect({**ray_init, "object_store_memory": 200 * 2**20, "_temp_dir": str(folder / "ray")})
+    one_step = argparse.Namespace(**{**vars(args), "steps": 1, "validate_every": 1})
+    run(one_step, folder / "imitator", engine, 0, Curve(0.0))  # kernels compile here
     for place, eta in enumerate(args.etas):
         left_s = args.budget_s - (time.monotonic() - started)
         curve = Curve(left_s / (len(args.etas) - place) - BETWEEN_S)

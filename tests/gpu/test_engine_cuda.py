@@ -78,9 +78,9 @@ class Served:
         self.version += 1
         [update] = sender.stage(self.version, weights, [self.engine.target])
         if tamper:
-            proof = dict(update.fingerprint)
-            name = next(iter(proof))
-            update = replace(update, fingerprint={**proof, name: (9.0, *proof[name][1:])})
+            name, sample = next(iter(update.fingerprint.items()))
+            wrong = sample._replace(values=(9.0, *sample.values[1:]))
+            update = replace(update, fingerprint={**update.fingerprint, name: wrong})
         taken = self.submit(self.engine.update_weights(update))
         try:
             sender.send(60.0)

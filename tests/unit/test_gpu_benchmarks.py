@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,9 @@ def test_what_follows_from_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (apart.engine_gpu, apart.trainer_gpu, apart.transport) == (0, 1, "distributed")
     assert (together.engine_gpu, together.trainer_gpu, together.transport) == (0, 0, "tensor")
     assert parsed("--cpu").engine_gpu is None and parsed("--shape", "1.7b").checkpointing == "full"
+
+
+def test_the_page_lists_every_script() -> None:
+    scripts = {path.name for path in GPU.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    page = (GPU.parents[1] / "docs" / "gpu_benchmarks.md").read_text()
+    assert scripts == set(re.findall(r"`benchmarks/gpu/(\w+\.py)` \|", page))
