@@ -154,6 +154,8 @@ class RLCLI(LightningCLI):
         assert run is not None
         retries = 0 if run.recover_mode == "disabled" else run.recover_retries
         for failures in itertools.count(1):
+            if hasattr(self.datamodule, "keeps_fleet"):
+                self.datamodule.keeps_fleet = failures <= retries
             try:
                 return self.trainer.fit(**kwargs)
             except Exception as error:
@@ -161,7 +163,11 @@ class RLCLI(LightningCLI):
                     raise
                 logger.error("Failure %d, of which %d are allowed: %s", failures, retries, error, exc_info=True)
             seed_everything(self._options().seed_everything, workers=True)
+            before = (self.datamodule, self.trainer.strategy)
             self.instantiate_classes()
+            for now, then in zip((self.datamodule, self.trainer.strategy), before, strict=True):
+                if hasattr(now, "adopt"):
+                    now.adopt(then)
             kwargs = self._prepare_subcommand_kwargs("fit")
             kwargs["ckpt_path"] = start_checkpoint(run.checkpoints, self._start_from, resume=True)
             logger.info("Starting again from %s", kwargs["ckpt_path"] or "the beginning")

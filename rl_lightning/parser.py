@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -33,6 +33,13 @@ class RunArgumentParser(LightningArgumentParser):
         known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
         sys.stderr.write(f"{self.prog.split()[0]}: error: {one_sentence(message, known)}\n")
         self.exit(2)
+
+    def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """`strategy: ray` in a file means the class, so that its options (`--trainer.strategy.address`) can follow."""
+        trainer = cfg.get("trainer")
+        if isinstance(trainer, dict) and trainer.get("strategy") == "ray":
+            cfg["trainer"] = {**trainer, "strategy": {"class_path": "RayStrategy"}}
+        return super()._apply_actions(cfg, *args, **kwargs)
 
 
 def one_sentence(message: str, known: Iterable[str] = ()) -> str:

@@ -1,323 +1,240 @@
-"""The same training at several bounds of staleness, trainer and SGLang on a GPU each, with answers of long-tailed length.
+"""The same training at several bounds of staleness, with answers of long-tailed length, beside what either side does alone.
 
-    python benchmarks/gpu/async_vs_sync.py --shape 0.6b --etas 0 4 --steps 12
+    python benchmarks/gpu/async_vs_sync.py                            # 2 GPUs: one generates, one trains; weights by NCCL
+    python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through its memory
 
 The model has a real one's shape and random weights, so an answer never ends by itself: its length is drawn from a lognormal
-distribution, a function of (seed, group, answer).  Weights travel by NCCL.  Each bound runs in a fresh process with its own
-server; the first steps, in which kernels compile and the pipeline fills, are not measured.  A step's rate counts the tokens
-trained on, prompts included, over the wall time from the end of the step before.
+distribution, a function of (seed, group, answer).  One SGLang server and one training process serve all turns: the engine
+alone (the loop with a trainer that trains nothing), the trainer alone (batches of that turn again and again, no engine at
+work), then the loop at every eta.  The first steps of a turn, in which kernels compile and the pipeline fills, are not
+measured.  The bound that no eta can pass is the slower side alone.  `--budget-s` is kept: table and JSON are written after
+every turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import datetime
-import importlib.metadata
 import json
 import logging
-import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
-from echo_task import StepReporter  # noqa: E402
-from turn import TurnError, take_turn  # noqa: E402
+from async_vs_sync_turns import ENGINE_ALONE, TRAINER_ALONE, run_turns  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
+from random_qwen3 import SHAPES  # noqa: E402
+from shared_server import ON_GPU, SharedServer  # noqa: E402
+from turn import kill_tree, started_process  # noqa: E402
 
 logger = logging.getLogger("async_vs_sync")
-
-SHAPES: dict[str, tuple[int, int, int, int, int]] = {
-    "tiny": (256, 4, 4, 2, 512),
-    "0.6b": (1024, 28, 16, 8, 3072),
-    "1.7b": (2048, 28, 16, 8, 6144),
-}
-"""Width, layers, heads, key/value heads and width of the MLP: Qwen3's published shapes, and one for a try on a CPU."""
 
 MEASURES = {
     "tokens_per_s": "trained tokens/s",
     "seconds": "s/step",
-    "wait_s": "waiting for rollouts",
-    "update_s": "recompute + update",
-    "sync_s": "weight sync",
-    "paused_s": "generation paused",
+    "trainer_idle": "trainer idle",
     "engine_idle": "engine idle",
+    "update_s": "update, s",
+    "sync_s": "weight sync, s",
+    "paused_s": "generation paused, s",
     "staleness": "staleness",
+    "staleness_max": "at most",
     "logprob_diff": "engine - trainer (nats)",
+    "graphs": "graphs compiled",
 }
-VERSIONS = ("torch", "ray", "transformers", "sglang")
+LEGEND = """Trained tokens include prompts. Idle is the share of time in which the trainer waited for rollouts, and in which the
+engine had nothing at all in flight; that it is half empty while the longest answers end shows only in its rate. The bound is
+the slower side alone: the engine with a trainer that trains nothing, the trainer with batches that are there. Times of the
+weights are those of the step before."""
+RIVAL = "eta 0, both GPUs colocated"
+"""The fairest synchronous rival of GPUs apart: no GPU waits for the other, and no gradients travel in this figure."""
+
+CLOSING_S = 15.0
+"""Kept back from the budget for ending all processes."""
 
 
 def main() -> None:
-    """Runs each bound in turn and writes table and JSON."""
+    """Runs all turns and writes table and JSON after each."""
+    started = time.monotonic()
     args = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.worker:
-        train(args)
+        run_turns(args, started + args.budget_s)
         return
-    runs: dict[int, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp") as folder:
-        write_model(Path(folder), args.shape)
-        for eta in args.etas:
-            runs[eta] = run(args, eta, folder)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({**describe(args), "runs": runs}, indent=1) + "\n")
-            logger.info("\n%s\n", table(runs))
+    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        write = [sys.executable, str(ROOT / "recipes" / "random_qwen3.py"), args.shape, str(folder / "model")]
+        subprocess.run(write, check=True, env={**os.environ, "PYTHONPATH": with_root()})
+        with SharedServer(folder / "model", args.log.with_suffix(".server"), args.engine_gpu, server_args(args)) as server:
+            seconds = args.budget_s - (time.monotonic() - started) - CLOSING_S
+            collect(args, worker_command(args, folder, server, seconds), server, seconds)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """The command line, with what follows from it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--layout", choices=["apart", "colocated"], default="apart")
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
-    parser.add_argument("--etas", type=int, nargs="+", default=[0, 4])
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of each bound")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before those")
-    parser.add_argument("--prompts", type=int, default=16, help="per step")
+    parser.add_argument("--etas", type=int, nargs="+", default=[0, 4, 1, 2, 8], help="in this order")
+    parser.add_argument("--budget-s", type=float, default=560.0, help="seconds of the whole program")
+    parser.add_argument("--steps", type=int, default=24, help="measured steps of a turn, at most")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before those (one of the synchronous turn)")
+    parser.add_argument("--prompts", type=int, default=32, help="per step")
     parser.add_argument("--answers", type=int, default=8, help="to each prompt")
+    parser.add_argument("--in-flight", type=int, help="prompts; as many as in a step by default")
     parser.add_argument("--median-tokens", type=int, default=256, help="median length of an answer")
     parser.add_argument("--sigma", type=float, default=0.9, help="of the logarithm of the length")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longest answer")
-    parser.add_argument("--attention-backend", default="fa3")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds of one bound")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "async_vs_sync.json")
+    parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
+    parser.add_argument("--transport", help="weight_transport; distributed apart and tensor colocated by default")
+    parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
+    parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
+    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
+    parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
+    parser.add_argument("--rival", type=Path, help="JSON of `--layout colocated` with half the prompts, eta 0 among its turns")
+    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "async_vs_sync.log")
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/async_vs_sync_LAYOUT.json")
+    for name in ("--model", "--url", "--api-key", "--ray-folder"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    apart = args.layout == "apart"
+    args.in_flight = args.in_flight or args.prompts
+    args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
+    args.transport = args.transport or ("disk" if args.cpu else "distributed" if apart else "tensor")
+    args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
+    args.checkpointing = args.checkpointing or ("none" if args.cpu or (apart and args.shape == "0.6b") else "full")
+    args.out = args.out or ROOT / "docs" / "benchmarks" / f"async_vs_sync_{args.layout}.json"
+    return args
 
 
-def write_model(folder: Path, shape: str) -> None:
-    """A random Qwen3 with one token per character; a real shape has a real vocabulary's size too."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from rl_lightning.models.tiny import character_tokenizer
-
-    tokenizer = character_tokenizer()
-    width, layers, heads, kv_heads, mlp_width = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) if shape == "tiny" else 151936,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp_width,
-        head_dim=64 if shape == "tiny" else 128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config)
-    model.float().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def server_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the engine."""
+    return {} if args.cpu else {**ON_GPU, "mem_fraction_static": args.mem_fraction}
 
 
-def run(args: argparse.Namespace, eta: int, model: str) -> dict[str, Any]:
-    """One bound in processes of its own: means over its measured steps, the median of pauses."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--model", model, "--etas", str(eta)]
-    try:
-        turn = take_turn(command, args.warmup, args.steps, args.timeout)
-    except TurnError as error:
-        logger.warning("eta %d failed: %s", eta, error)
-        return {"failure": str(error)}
-    columns = {name: [step[name] for step in turn.steps if name in step] for name in MEASURES}
-    summary = {name: round(mean(values), 4) for name, values in columns.items() if values}
-    summary["tokens_per_s"] = round(turn.tokens_per_s, 1)
-    summary["paused_s"] = round(median(step["paused_s"] for step in turn.steps), 4)
-    return {**summary, "steps": turn.steps}
+def worker_command(args: argparse.Namespace, folder: Path, server: SharedServer, seconds: float) -> list[str]:
+    """This program again, as the process that trains."""
+    (folder / "ray").mkdir()
+    where = {"--model": folder / "model", "--url": server.url, "--api-key": server.api_key, "--ray-folder": folder / "ray"}
+    words = [str(word) for pair in where.items() for word in pair]
+    return [sys.executable, __file__, *sys.argv[1:], "--worker", *words, "--budget-s", str(seconds)]
+
+
+def with_root() -> str:
+    """PYTHONPATH with this repository first."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+# -- what the turns report
+
+
+def collect(args: argparse.Namespace, command: list[str], server: SharedServer, seconds: float) -> None:
+    """Reads the worker's lines until it ends or time is up."""
+    turns: dict[str, dict[str, Any]] = {}
+    with args.log.open("w+") as log, started_process(command, log, seconds) as process:
+        server.watch(lambda cause: give_up(cause, process.pid))
+        for line in reports(process.stdout):
+            turn = turns.setdefault(line.pop("turn"), {"steps": []})
+            if "step" in line:
+                turn["steps"].append(line)
+                continue
+            turn |= line
+            write(args, turns)
+        code = process.wait()
+        log.seek(0)
+        unfinished = [name for name, turn in turns.items() if "took_s" not in turn]
+        if code or unfinished or not turns:
+            logger.warning("ended with code %s, unfinished: %s; the log ends: %s", code, unfinished, log.read()[-3000:])
+    write(args, turns)
+
+
+def give_up(cause: str, pid: int) -> None:
+    """Without the server the turns would wait for ever."""
+    logger.warning("the server died: %s", cause)
+    kill_tree(pid)
+
+
+def reports(lines: Any) -> Iterator[dict[str, Any]]:
+    """The worker's own lines among all that it prints."""
+    for line in lines:
+        if line.startswith('{"turn"'):
+            yield json.loads(line)
+
+
+def write(args: argparse.Namespace, turns: dict[str, dict[str, Any]]) -> None:
+    """JSON and table of what there is."""
+    summaries = {name: {**summary(turn["steps"]), **turn} for name, turn in turns.items()}
+    if args.rival is not None:
+        summaries[RIVAL] = rival(json.loads(args.rival.read_text()))
+    document = {**describe(args), "bound_tokens_per_s": bound(summaries), "turns": summaries}
+    title = f"Asynchronous against synchronous, {args.layout}"
+    write_results(args.out, document, title, document["task"] + ".", table(summaries), LEGEND)
+    logger.info("\n%s\n", table(summaries))
+
+
+def summary(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the measured steps: rates over their whole time, means, the median of pauses."""
+    steps = [step for step in steps if step["measured"]]
+    if not steps:
+        return {}
+    seconds = sum(step["seconds"] for step in steps)
+    columns = {name: [step[name] for step in steps if name in step] for name in (*MEASURES, "answer_tokens")}
+    result = {name: mean(values) for name, values in columns.items() if values}
+    result["tokens_per_s"] = sum(step["tokens"] for step in steps) / seconds
+    result["trainer_idle"] = sum(step["wait_s"] for step in steps) / seconds
+    if "engine_idle_s" in steps[0]:
+        result["engine_idle"] = max(0.0, sum(step["engine_idle_s"] for step in steps) / seconds)
+    if "graphs" in steps[0]:
+        result["graphs"] = sum(step["graphs"] for step in steps)
+    if "paused_s" in steps[0]:
+        result["paused_s"] = median(step["paused_s"] for step in steps)
+        result["staleness_max"] = max(step["staleness_max"] for step in steps)
+    return {"n_steps": len(steps), **{name: round(value, 4) for name, value in result.items()}}
+
+
+def bound(summaries: dict[str, dict[str, Any]]) -> float | None:
+    """Trained tokens/s of the slower side alone, None as long as one of the two is not measured."""
+    alone = [summaries.get(name, {}).get("tokens_per_s") for name in (ENGINE_ALONE, TRAINER_ALONE)]
+    known = [rate for rate in alone if rate is not None]
+    return min(known) if len(known) == len(alone) else None
+
+
+def rival(document: dict[str, Any]) -> dict[str, Any]:
+    """Two GPUs that both generate and train in turn, each half of the prompts: twice what one of them does."""
+    alone = document["turns"]["0"]
+    return {"tokens_per_s": 2 * alone["tokens_per_s"], "seconds": alone["seconds"], "command": document["command"]}
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Markdown, one line for each turn."""
+    lines = [f"| turn | {' | '.join(MEASURES.values())} | x eta 0 | of the bound |", "|---" * (len(MEASURES) + 3) + "|"]
+    limit, base = bound(summaries), summaries.get("0", {}).get("tokens_per_s")
+    for name, result in summaries.items():
+        cells = [shown(result[key]) if key in result else "-" for key in MEASURES]
+        rate = result.get("tokens_per_s")
+        against = [f"{rate / other:.2f}" if rate and other and name.isdigit() else "-" for other in (base, limit)]
+        lines.append(f"| {f'eta {name}' if name.isdigit() else name} | {' | '.join([*cells, *against])} |")
+    return "\n".join(lines)
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Where, when and how the numbers were made."""
-    import torch
-
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("COMMIT", commit),
-        "command": f"python benchmarks/gpu/async_vs_sync.py {' '.join(sys.argv[1:])}",
-        "machine": f"{len(gpus)} x {gpus[0]}" if gpus else platform.processor(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "task": f"Qwen3-{args.shape} shape, random weights; {args.prompts} prompts x {args.answers} answers a step, lengths "
-        f"lognormal with median {args.median_tokens} and sigma {args.sigma}, at most {args.max_tokens} tokens",
+        **describe_machine("async_vs_sync.py", 0 if args.cpu else 1 if args.layout == "colocated" else 2),
+        "task": f"Qwen3-{args.shape} shape, random weights; {args.prompts} prompts of 128 tokens x {args.answers} answers a "
+        f"step, lengths lognormal with median {args.median_tokens} and sigma {args.sigma}, at most {args.max_tokens} tokens; "
+        f"{args.in_flight} prompts in flight; {args.layout}, weights by {args.transport}",
     }
-
-
-def table(runs: dict[int, dict[str, Any]]) -> str:
-    """Markdown, one line for each bound."""
-    lines = [f"| eta | {' | '.join(MEASURES.values())} | x eta {next(iter(runs))} |", "|---" * (len(MEASURES) + 2) + "|"]
-    base = next(iter(runs.values())).get("tokens_per_s")
-    for eta, result in runs.items():
-        cells = [f"{result[name]:,.4g}" if name in result else "-" for name in MEASURES]
-        ratio = f"{result['tokens_per_s'] / base:.2f}" if base and "tokens_per_s" in result else "-"
-        lines.append(f"| {eta} | {' | '.join(cells)} | {ratio} |")
-    return "\n".join(lines)
-
-
-# -- one bound
-
-
-class Lengths:
-    """A workflow whose answers have lognormal lengths, whatever the model says.
-
-    Args:
-        median: of the length in tokens.
-        sigma: of its logarithm.
-        longest: most tokens.
-    """
-
-    def __init__(self, median: int, sigma: float, longest: int) -> None:
-        self.median, self.sigma, self.longest = median, sigma, longest
-
-    async def run(self, lease: Any, engine: Any, score: Any, decode: Any) -> Any:
-        """See `Workflow.run`."""
-        import numpy as np
-
-        from rl_lightning.rollout.workflow import sample_seed
-        from rl_lightning.types import GenerationRequest, Rollout, RolloutGroup
-
-        async def answer(sample: int) -> Any:
-            seed = sample_seed(lease.seed, lease.index, sample)
-            drawn = self.median * math.exp(self.sigma * np.random.default_rng(seed).standard_normal())
-            length = max(1, min(self.longest, round(drawn)))
-            params = replace(lease.params, max_new_tokens=length, min_new_tokens=length)
-            name = f"train-{lease.index}-{lease.submission}-{sample}"
-            return await engine.generate(GenerationRequest(name, lease.prompt.token_ids, params, seed))
-
-        completions = await asyncio.gather(*(answer(i) for i in range(lease.group_size)))
-        rewards = [float(int(c.token_ids.sum()) % 2) for c in completions]  # anything with spread
-        rollouts = [
-            Rollout(c, "", reward, {}, np.ones(len(c), dtype=bool)) for c, reward in zip(completions, rewards, strict=True)
-        ]
-        return RolloutGroup(lease.index, lease.prompt, tuple(rollouts))
-
-
-class RandomPrompts:
-    """Prompts of 128 random tokens."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def setup(self, tokenizer: Any, /) -> None:
-        """Nothing is read."""
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int, /) -> Any:
-        import random
-
-        from rl_lightning.types import Prompt
-
-        return Prompt(str(i), "", tuple(random.Random(i).choices(range(3, 48), k=128)))
-
-
-def no_reward(prompt: Any, answer: str) -> float:
-    """The workflow scores."""
-    return 0.0
-
-
-def train(args: argparse.Namespace) -> None:
-    """Trains at one bound and prints one line of JSON for every step."""
-    import lightning.pytorch as pl
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    module, data = make_parts(args)
-    steps = args.warmup + args.steps
-    trainer = pl.Trainer(
-        accelerator="cpu" if args.cpu else "gpu",
-        devices=1 if args.cpu else [1],
-        max_steps=steps + args.etas[0] + 1,
-        max_epochs=-1,
-        precision="32-true" if args.cpu else "bf16-mixed",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[make_reports(steps)],
-    )
-    trainer.fit(module, datamodule=data)
-
-
-def make_parts(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Module and data; Ray is told of one GPU, the first, and gives it to the engine. The trainer has the second."""
-    from rl_lightning import AsyncPPOModule, RolloutDataModule
-    from rl_lightning.engines.sglang import SGLangEngine
-    from rl_lightning.modules.ppo_config import PPOConfig
-    from rl_lightning.rewards.reward import WeightedReward
-    from rl_lightning.types import SamplingParams
-
-    on_gpu = {
-        "mem_fraction_static": 0.7,
-        "attention_backend": args.attention_backend,
-        "cuda_graph_max_bs": 256,
-        "cuda_graph_backend_prefill": "disabled",
-        "mm_feature_transport": "cpu",
-        "context_length": 4096,
-    }
-    ray_init: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 500 * 2**20}
-    ray_init |= {"num_cpus": 4, "num_gpus": 0 if args.cpu else 1, "_temp_dir": tempfile.mkdtemp(prefix="ray", dir="/tmp")}
-    data = RolloutDataModule(
-        RandomPrompts(args.prompts * 1000),
-        [WeightedReward(no_reward)],
-        args.model,
-        batch_size=args.prompts,
-        group_size=args.answers,
-        generation=SamplingParams(max_new_tokens=args.max_tokens),
-        engine=SGLangEngine(server_args={} if args.cpu else on_gpu),
-        gpus_per_engine=0 if args.cpu else 1,
-        max_head_offpolicyness=args.etas[0],
-        max_concurrent_rollouts=args.prompts * 2,
-        workflow=Lengths(args.median_tokens, args.sigma, args.max_tokens),
-        ray_init=ray_init,
-    )
-    ppo = PPOConfig(n_minibatches=1, group_adv_norm=True)
-    return AsyncPPOModule(args.model, ppo=ppo, max_tokens_per_mb=16384, gradient_checkpointing=not args.cpu), data
-
-
-def make_reports(steps: int) -> Any:
-    """The callback that prints every step and ends the run after `steps`, while the engine still has work."""
-    import lightning.pytorch as pl
-
-    class Reports(pl.Callback):
-        def __init__(self) -> None:
-            self.reporter = StepReporter()
-
-        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.reporter.restart()
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            seen, synced = pl_module.step_statistics, trainer.callback_metrics
-            agreement = {"logprob_diff": seen["engine_logprob_diff"]} if "engine_logprob_diff" in seen else {}
-            self.reporter.step(
-                len(batch.token_ids),
-                seen["task_reward"],
-                wait_s=batch.wait_s,
-                update_s=seen["time/recompute"] + seen["time/update"],
-                sync_s=float(synced.get("time/weight_sync", 0.0)),  # of the step before
-                paused_s=float(synced.get("time/generation_paused", 0.0)),
-                engine_idle=trainer.datamodule.statistics()["engine_idle_share"],
-                staleness=seen["head_offpolicyness"],
-                staleness_max=seen["head_offpolicyness_max"],
-                **agreement,
-            )
-            trainer.should_stop = self.reporter.steps >= steps
-
-    return Reports()
 
 
 if __name__ == "__main__":

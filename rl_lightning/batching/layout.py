@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rl_lightning.batching.transfer import to_device
+
 DENSE_TREE_TOKENS = 128
 """A group up to this size is one dense attention problem: few gathers, but answers are multiplied with answers that they do not
 see. A larger one is computed answer by answer."""
@@ -66,6 +68,7 @@ class PackedLayout:
         positions: (N,) int64, place of each token in its sequence.
         cu_seqlens: (K + 1,) int32, where each segment starts.
         max_seqlen: longest segment.
+        longest: the same as a () int64 tensor on the CPU, for compiled code, which a number would be part of.
         shared: whether any segment has a parent.
     """
 
@@ -78,9 +81,10 @@ class PackedLayout:
         self._starts = starts
         self._segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
         self._positions = torch.arange(int(starts[-1])) + torch.repeat_interleave(offsets - starts[:-1], sizes)
-        self.positions = self._positions.to(self.device)
-        self.cu_seqlens = starts.to(self.device, torch.int32)
+        self.positions = to_device(self._positions, self.device)
+        self.cu_seqlens = to_device(starts.int(), self.device)
         self.max_seqlen = max(self._lengths)
+        self.longest = torch.tensor(self.max_seqlen)
         self.shared = any(p != k for k, p in enumerate(self._parents))
         self._blocks: list[AttentionBlock] | None = None
         self._inverse: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rl_lightning.batching.layout import PackedLayout
 from rl_lightning.batching.packing import pack
+from rl_lightning.batching.transfer import to_device
 from rl_lightning.types import Batch
 
 
@@ -106,11 +107,11 @@ def make_micro_batch(
     predictors, rows = np.unique(np.concatenate(plan.predictors), return_inverse=True)
     counts = [len(targets) for targets in plan.sources]
     return MicroBatch(
-        token_ids=batch.token_ids[torch.from_numpy(np.concatenate(plan.run))].to(device),
+        token_ids=to_device(batch.token_ids[torch.from_numpy(np.concatenate(plan.run))], device),
         layout=PackedLayout([len(run) for run in plan.run], plan.parents, device),
-        predictors=torch.from_numpy(predictors).to(device),
-        rows=torch.from_numpy(rows).to(device),
-        targets=batch.token_ids[sources].to(device),
+        predictors=to_device(torch.from_numpy(predictors), device),
+        rows=to_device(torch.from_numpy(rows), device),
+        targets=to_device(batch.token_ids[sources], device),
         sources=sources,
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),
         sequences=tuple(sequences),

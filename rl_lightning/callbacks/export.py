@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from rl_lightning.callbacks.frequency import Frequency, ends_epoch
 from rl_lightning.models.lora import has_lora, merged_weights, save_adapter
+from rl_lightning.models.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +58,27 @@ class Export(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = getattr(pl_module, "model", None)
-        if not trainer.is_global_zero or self._name in (None, self._exported) or not hasattr(model, "save_pretrained"):
+        if self._name in (None, self._exported) or not hasattr(model, "save_pretrained"):
             return
+        self._exported = self._name
+        options: dict[str, Any] = {}
+        if getattr(pl_module, "sharding", None) is not None:
+            options["state_dict"] = put_together(model, keep=trainer.is_global_zero)
+        elif has_lora(model):
+            options["state_dict"] = dict(merged_weights(model))
+        if trainer.is_global_zero:
+            self._write(model, pl_module, options)
+
+    def _write(self, model: Any, pl_module: LightningModule, options: dict[str, Any]) -> None:
         target = self.folder / str(self._name)
         part = self.folder / f".{self._name}.part"
         shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, **options)
         if has_lora(model):
-            model.save_pretrained(part, state_dict=dict(merged_weights(model)))
             save_adapter(model, part / "adapter", base=str(getattr(pl_module, "path", "")))
-        else:
-            model.save_pretrained(part)
         _tokenizer(pl_module).save_pretrained(part)
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
-        self._exported = self._name
         logger.info("Saved the model to %s", target)
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,6 +88,16 @@ class Export(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting."""
         self.frequency.load_state_dict(state_dict)
+
+
+def put_together(model: Any, *, keep: bool) -> dict[str, Tensor]:
+    """(Hugging Face name, CPU tensor) of every weight of a model that is cut over ranks, where wanted. A collective."""
+    kept = {}
+    for name, piece in merged_weights(model):
+        tensor = whole(piece)
+        if keep:
+            kept[name] = tensor.cpu()
+    return kept
 
 
 def _tokenizer(pl_module: LightningModule) -> Any:

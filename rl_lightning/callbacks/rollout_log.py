@@ -84,6 +84,7 @@ def records(groups: Sequence[RolloutGroup], step: int) -> Iterator[dict[str, Any
                 "sample": sample,
                 "prompt": group.prompt.text,
                 "answer": rollout.text,
+                "worker": group.worker,
                 **_scores(rollout),
             }
 

@@ -5,8 +5,8 @@ The layout reaches it as the keyword `layout` of the model's forward:
 
     model(input_ids=tokens[None], position_ids=layout.positions[None], layout=layout, use_cache=False)
 
-On CUDA in half precision and without shared prompts it is `torch.nn.attention.varlen.varlen_attn`; everywhere else the
-layout's blocks go through `scaled_dot_product_attention`.
+Half precision on CUDA, and compiled layers on the CPU, go through `varlen_attention`; shared prompts, and everything else,
+through `scaled_dot_product_attention` over the layout's blocks, which torch.compile leaves out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lightning.batching.layout import PackedLayout
+from rl_lightning.models.varlen import varlen_attention
 
 PACKED_ATTENTION = "rl_lightning_packed"
 
@@ -72,13 +73,16 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    attend = _varlen_attention if query.is_cuda and half and not layout.shared else _block_attention
-    return attend(*rows, layout, scaling, sliding_window).unsqueeze(0), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    fused = query.dtype in (torch.float16, torch.bfloat16) if query.is_cuda else torch.compiler.is_compiling()
+    if layout.shared or not fused:
+        return _block_attention(*rows, layout, scale, sliding_window).unsqueeze(0), None
+    return varlen_attention(*rows, layout.cu_seqlens, layout.longest, scale, sliding_window).unsqueeze(0), None
 
 
+@torch.compiler.disable
 def _block_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
 ) -> Tensor:
     """Attention of rows (N, heads, head_dim) block by block."""
     outputs = []
@@ -88,19 +92,3 @@ def _block_attention(
         output = F.scaled_dot_product_attention(*heads_first, bias, is_causal=bias is None, scale=scale, enable_gqa=True)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.inverse)
-
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
-) -> Tensor:
-    """Flash attention of rows (N, heads, head_dim), each segment for itself."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    repeats = query.shape[1] // key.shape[1]  # torch 2.11 wants as many heads of keys as of queries
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    starts, longest = layout.cu_seqlens, layout.max_seqlen
-    reach = (-1 if window is None else window - 1, 0)
-    output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=reach)
-    assert isinstance(output, Tensor)
-    return output

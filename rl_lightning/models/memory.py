@@ -1,9 +1,11 @@
-"""What the process does with memory that tensors on the CPU gave back."""
+"""Memory: what the process does with what tensors on the CPU gave back, and what a GPU has to spare."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_INT = 2**31 - 1
@@ -21,3 +23,9 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(mallopt(option, LARGEST_INT) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
+def spare_gpu_bytes(device: torch.device) -> int:
+    """Bytes of the GPU that a tensor could get now: free ones, and those that PyTorch holds without a tensor in them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,22 +10,33 @@ from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.attention import register_packed_attention
+from rl_lightning.models.checkpointing import Checkpointing, checkpoint_layers, level_of
 from rl_lightning.models.linear import accelerate_linears
 from rl_lightning.models.logprobs import token_logprobs
+from rl_lightning.models.sharded_loading import WeightFiles, empty_model
+from rl_lightning.models.sharding import Sharding, run_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
+NEW_WEIGHTS = ("score.weight", "score.bias")
+"""Of a critic that starts from a language model."""
+
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-def load_packed(path: str, dtype: torch.dtype, auto_class: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_packed(
+    path: str, dtype: torch.dtype, auto_class: Any = None, *, sharding: Sharding | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """The model in `path` with packed attention and no dropout.
 
     Args:
         path: folder or hub name.
         dtype: of its weights.
         auto_class: the head, as a class of transformers; a causal language model's by default.
+        sharding: how it is cut over ranks; None: all of it is here.
         **options: of its configuration.
 
     Returns:
@@ -37,19 +49,44 @@ def load_packed(path: str, dtype: torch.dtype, auto_class: Any = None, **options
 
     kind: Any = auto_class or AutoModelForCausalLM
     attention = register_packed_attention()
-    model, loading = kind.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-    )
-    check_supported(model)
-    turn_off_dropout(model)
-    accelerate_linears(model)
+    loaded = None if sharding is None else _load_pieces(path, dtype, kind, attention, sharding, options)
+    if loaded is not None:
+        return loaded
+    model, loading = kind.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options)
+    _prepare(model)
+    if sharding is None:
+        accelerate_linears(model)
+    else:
+        sharding.apply(model)
     return model, loading
 
 
-def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """The model in training mode; where wanted it computes activations again in the backward pass instead of keeping them."""
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def _load_pieces(
+    path: str, dtype: torch.dtype, kind: Any, attention: str, sharding: Sharding, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """The model read block by block; None where its files do not allow that."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **options)
+    model, files = empty_model(kind, config, dtype, attention), WeightFiles(path, dtype, new=NEW_WEIGHTS)
+    if not files.cover(model):
+        logger.info("%s holds no safetensors under the names of the model: every rank loads all of it first", path)
+        return None
+    _prepare(model)
+    sharding.apply(model, files.fill)
+    return model, {"missing_keys": set(files.missing)}
+
+
+def _prepare(model: Any) -> None:
+    check_supported(model)
+    turn_off_dropout(model)
+
+
+def prepare_training(model: PreTrainedModel, *, gradient_checkpointing: bool | Checkpointing) -> PreTrainedModel:
+    """The model in training mode, its activations checkpointed; `auto` is decided when training starts and memory is known."""
+    level = level_of(gradient_checkpointing)
+    if level != "auto":
+        checkpoint_layers(model, level)
     return model.train()
 
 
@@ -68,12 +105,17 @@ def score_targets(
     model: Any, micro: MicroBatch, *, temperature: float, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(M,) log-probabilities of the targets of `micro`, and the (M,) entropy if wanted; see `token_logprobs`."""
+    return run_packed(model, _score_targets, micro, temperature, with_entropy)
+
+
+def _score_targets(model: Any, micro: MicroBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
+    one_to_one = not micro.layout.shared and len(micro.predictors) == len(micro.targets)
     return token_logprobs(
         hidden_states(model, micro),
         head.weight,
         micro.targets,
-        rows=micro.rows,
+        rows=None if one_to_one else micro.rows,
         bias=head.bias,
         temperature=temperature,
         with_entropy=with_entropy,

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.packed_model import hidden_states, load_packed, prepare_training
+from rl_lightning.models.sharding import Sharding, run_packed
 
 
 class ValueModel(nn.Module):
@@ -21,17 +23,25 @@ class ValueModel(nn.Module):
     Args:
         path: folder or hub name of a language model, a critic or a reward model.
         dtype: of its weights.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: see `LanguageModule`.
+        sharding: how it is cut over ranks; None: all of it is here.
 
     Raises:
         ValueError: transformers has no token classifier of this kind of model, or it cannot be run packed.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool | Checkpointing = False,
+        sharding: Sharding | None = None,
+    ) -> None:
         super().__init__()
         from transformers import AutoModelForTokenClassification
 
-        model, loading = load_packed(path, dtype, AutoModelForTokenClassification, num_labels=1)
+        model, loading = load_packed(path, dtype, AutoModelForTokenClassification, sharding=sharding, num_labels=1)
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise ValueError(f"{type(model).__name__} in {path} has no linear layer `score`, so it cannot be a critic")
         if "score.weight" in loading["missing_keys"]:
@@ -41,9 +51,13 @@ class ValueModel(nn.Module):
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """(M,) float32 values (float64 for float64 weights) of the states in which the targets of `micro` were chosen."""
-        hidden, head = hidden_states(self.model, micro), self.model.score
-        dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.to(dtype)
-            values = F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
-        return values.squeeze(1)[micro.rows]
+        return run_packed(self.model, _values, micro)
+
+
+def _values(model: Any, micro: MicroBatch) -> Tensor:
+    hidden, head = hidden_states(model, micro), model.score
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(dtype)
+        values = F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+    return values.squeeze(1)[micro.rows]

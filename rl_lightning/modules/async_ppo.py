@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.lora import LoRAConfig, merged_weights
 from rl_lightning.models.value_model import ValueModel
 from rl_lightning.modules.critic import Critic, ValueTargets, add_explained_variance, add_value_statistics
@@ -48,11 +49,14 @@ class AsyncPPOModule(PolicyObjective):
         ppo: what is optimised.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which groups are dealt to minibatches, and of new adapters.
         logprob_diff_limit: engine and trainer disagree on a token if their log-probabilities differ by more.
         lora: train adapters instead of the actor's own weights; None: train all weights.
+        compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
         critic_path: folder or hub name of the critic, with a value head or without; for `ppo.disable_value=false`.
         init_critic_from_actor: start the critic from the actor's weights instead.
         critic_optimizer: how the critic is updated.
@@ -71,11 +75,12 @@ class AsyncPPOModule(PolicyObjective):
         ppo: PPOConfig = PPOConfig(),
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = False,
         share_prompts: bool | None = None,
         seed: int = 1,
         logprob_diff_limit: float = 0.1,
         lora: LoRAConfig | None = None,
+        compile: bool | None = None,
         critic_path: str | None = None,
         init_critic_from_actor: bool = False,
         critic_optimizer: OptimizerConfig = OptimizerConfig(),
@@ -91,6 +96,7 @@ class AsyncPPOModule(PolicyObjective):
             "share_prompts": share_prompts,
             "seed": seed,
             "lora": lora,
+            "compile": compile,
         }
         super().__init__(path, ppo, **actor)
         self.critic_optimizer_config = as_config(OptimizerConfig, critic_optimizer)
@@ -124,7 +130,8 @@ class AsyncPPOModule(PolicyObjective):
         """Loads the actor, and the critic where there is one. Idempotent."""
         super().configure_model()
         if self.critic is None and not self.ppo.disable_value:
-            model = ValueModel(self.critic_path, self.dtype_of_weights, gradient_checkpointing=self.gradient_checkpointing)
+            options: dict[str, Any] = {"gradient_checkpointing": self.gradient_checkpointing, "sharding": self.sharding}
+            model = ValueModel(self.critic_path, self.dtype_of_weights, **options)
             self.critic = Critic(model, value_norm=self.ppo.value_norm, value_eps_clip=self.ppo.value_eps_clip)
 
     def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
@@ -150,16 +157,15 @@ class AsyncPPOModule(PolicyObjective):
         """
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
-        self.check_data(data, self.trainer.world_size)
+        self.check_data(data, self.ranks.size)
         generation = getattr(data, "generation", None)
         if generation is not None:
             self.temperature = 1.0 if generation.greedy else generation.temperature
             self.max_new_tokens = generation.max_new_tokens
         if self.ppo.kl_ctl and self.reference is None:
             self.reference = load_reference(self)
-        if self.reference is not None and self._saved_reference is not None:
-            self.reference.load_state_dict(self._saved_reference)
-        self._saved_reference = None
+            self.speed_up([self.reference.model])
+        self._restore_reference()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What moves with training beside the weights: the penalty's weight, and a reference that follows the actor."""
@@ -174,6 +180,13 @@ class AsyncPPOModule(PolicyObjective):
             self.kl_ctl = checkpoint.get("kl_ctl", self.kl_ctl)
         if self.ppo.ref_ema_eta is not None:
             self._saved_reference = checkpoint.get("reference")
+            self._restore_reference()
+
+    def _restore_reference(self) -> None:
+        """Once both are there: some strategies read the checkpoint before training is set up, others after."""
+        if self.reference is not None and self._saved_reference is not None:
+            self.reference.load_state_dict(self._saved_reference)
+            self._saved_reference = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout batch: `n_minibatches` updates, one counted step."""
@@ -250,7 +263,7 @@ class AsyncPPOModule(PolicyObjective):
         self, policy: PolicyBatch, sequences: Sequence[int], statistics: StepStatistics, *, is_first: bool
     ) -> None:
         counts = self.ranks.sum(policy.counts(sequences), self.device)
-        normalizer, ratio = self.loss_normalizer(counts), torch.zeros(2, dtype=torch.float64)
+        normalizer, ratios = self.loss_normalizer(counts), list[Tensor]()
         if policy.keep is not None:
             select_m2(policy, sequences, self.ranks, threshold=self.ppo.m2_threshold)
 
@@ -259,16 +272,17 @@ class AsyncPPOModule(PolicyObjective):
             assert entropy is not None
             if micro.is_empty:
                 return logprobs.sum() * 0.0
-            if is_first and policy.keep is None:
-                policy.learn_prox(micro, logprobs)
-            loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer))
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
+            prox = policy.learn_prox(micro, logprobs) if is_first and policy.keep is None else None
+            loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox))
             self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})
             if "importance_weight" in by_token:
-                ratio.add_(torch.tensor([float(by_token["importance_weight"].double().sum()), float(len(entropy))]))
+                ratios.append(by_token["importance_weight"])
             return loss
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.max_tokens_per_mb)
-        norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratio))
+        norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratios))
+        policy.settle()
         self.count_update("grad_norm", norm, statistics)
 
     def _train_critic(
@@ -287,18 +301,19 @@ class AsyncPPOModule(PolicyObjective):
         micro_batches = self.micro_batches(policy.batch, sequences, self.critic_max_tokens_per_mb)
         self.count_update("critic_grad_norm", self.update(micro_batches, micro_loss, of=1), statistics)
 
-    def _add_loss_statistics(
-        self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]
-    ) -> None:
+    def _add_loss_statistics(self, statistics: StepStatistics, name: str, loss: Tensor, by_token: Mapping[str, Tensor]) -> None:
         statistics.add_sum(name, loss / self.ppo.n_minibatches)
         for statistic, values in by_token.items():
             statistics.add_values(statistic, values)
 
-    def _admits(self, ratio: Tensor) -> bool:
-        """Whether the mean importance ratio, from its (sum, count) on this rank, is small enough to update on."""
-        total, count = self.ranks.sum(ratio, self.device).tolist()
+    def _admits(self, ratios: Sequence[Tensor]) -> bool:
+        """Whether the mean importance ratio of all ranks' tokens is small enough to update on."""
         limit = self.ppo.early_stop_imp_ratio
-        return limit is None or total <= limit * count
+        if limit is None:
+            return True
+        mine = torch.tensor([sum(float(x.double().sum()) for x in ratios), sum(len(x) for x in ratios)], dtype=torch.float64)
+        total, count = self.ranks.sum(mine, self.device).tolist()
+        return total <= limit * count
 
     def _report(self, batch: ScoredBatch, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
         add_rollout_statistics(statistics, batch, self.scores(batch), self.penalties(batch))

@@ -21,17 +21,23 @@ class DataParallel:
     """Sums, maxima and gatherings over the trainer's ranks; the identity where there is one.
 
     Every method is a collective: all ranks call it, in the same order. The process group's time-out is their deadline.
+
+    Args:
+        group: the ranks that train on different sequences; None for all.
     """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def index(self) -> int:
         """This rank."""
-        return dist.get_rank() if self.size > 1 else 0
+        return dist.get_rank(self._group) if self.size > 1 else 0
 
     def sum(self, values: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """The sum over ranks, on the CPU, communicated through `device`."""
@@ -48,7 +54,7 @@ class DataParallel:
         for bucket in buckets_of((("", p.grad) for p in parameters if p.grad is not None), BUCKET_BYTES):
             gradients = [gradient for _, gradient in bucket]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self._group)
             for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
@@ -57,10 +63,10 @@ class DataParallel:
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def _reduce(self, values: Tensor, op: Any, device: torch.device | str) -> Tensor:
         shared = values.detach().clone().to(device)
-        dist.all_reduce(shared, op=op)
+        dist.all_reduce(shared, op=op, group=self._group)
         return shared.cpu()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -19,11 +20,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch, make_micro_batch, pack_micro_batches
+from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, checkpoint_layers, level_of, plan_levels
+from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
+from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.data_parallel import DataParallel
-from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients
+from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
 
@@ -48,10 +52,13 @@ class LanguageModule(LightningModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which sequences are dealt to minibatches, and of new adapters.
         lora: train adapters instead of the model's own weights; None: train all weights.
+        compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
 
     Attributes:
         model: the Hugging Face model, there after `configure_model`.
@@ -65,10 +72,11 @@ class LanguageModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = False,
         share_prompts: bool | None = None,
         seed: int = 1,
         lora: LoRAConfig | None = None,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         if max_tokens_per_mb < 2:
@@ -76,14 +84,16 @@ class LanguageModule(LightningModule):
         self.automatic_optimization = False
         self.path, self.dtype_name, self.seed = path, dtype, seed
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.max_tokens_per_mb, self.gradient_checkpointing = max_tokens_per_mb, gradient_checkpointing
-        self.share_prompts = share_prompts
+        self.max_tokens_per_mb, self.gradient_checkpointing = max_tokens_per_mb, level_of(gradient_checkpointing)
+        self.share_prompts, self.compiles = share_prompts, compile
         self.lora = None if lora is None else as_config(LoRAConfig, lora)
         self.ranks = DataParallel()
+        self.sharding: Sharding | None = None
         self.temperature = 1.0
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
         self.step_histograms: dict[str, Tensor] = {}
+        self._graphs = 0
 
     def remember(self, **options: Any) -> None:
         """Saves the constructor's `options` as plain data, so that checkpoints load without executing code."""
@@ -100,10 +110,30 @@ class LanguageModule(LightningModule):
         """
         if self.model is not None:
             return
-        model, _ = load_packed(self.path, self.dtype_of_weights)
+        self.sharding = self._choose_sharding()
+        model, _ = load_packed(self.path, self.dtype_of_weights, sharding=self.sharding)
         if self.lora is not None:
             inject_lora(model, self.lora, seed=self.seed)
         self.model = prepare_training(model, gradient_checkpointing=self.gradient_checkpointing)
+
+    def _choose_sharding(self) -> Sharding | None:
+        """As the strategy laid out its ranks; None where every rank holds the whole model."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return None
+        if self.lora is not None:
+            raise ValueError(
+                "lora does not work on a model that is cut over ranks: use the strategy ray or ddp, or lora: null"
+            )
+        if self.dtype_name == "bfloat16":
+            raise ValueError(
+                "dtype=bfloat16 does not work on a model that is cut over ranks: use dtype: float32 and trainer.precision: "
+                "bf16-mixed, which gathers, computes and multiplies in bfloat16"
+            )
+        precision, strategy = self.trainer.precision, self.trainer.strategy
+        sharding = Sharding(mesh, torch.bfloat16 if precision == "bf16-mixed" else None, getattr(strategy, "cpu_offload", False))
+        self.ranks = DataParallel(sharding.data_group)
+        return sharding
 
     def trained(self) -> list[tuple[torch.nn.Module, OptimizerConfig]]:
         """What is trained, each with its own optimiser; the language model comes first."""
@@ -122,9 +152,26 @@ class LanguageModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
         if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead"
+            )
         if self.device.type == "cpu":
             keep_freed_memory()
+        self._graphs = compiled_graphs()
+        self.speed_up([model for model, _ in self.trained()])
+
+    def speed_up(self, models: Sequence[torch.nn.Module]) -> None:
+        """Compiles the layers of `models` where wanted, and decides about the activations of those that are trained."""
+        on_gpu = self.device.type == "cuda"
+        compiles = on_gpu if self.compiles is None else self.compiles
+        for model in models:
+            if compiles:
+                compile_layers(model)
+            if on_gpu and self.gradient_checkpointing == "auto" and any(p.requires_grad for p in model.parameters()):
+                spare = activation_bytes(models, self.device)
+                levels = plan_levels(model, self.max_tokens_per_mb, spare, compiled=compiles)
+                checkpoint_layers(model, levels)
+                logger.info("activation checkpointing of %d layers: %s", len(levels), dict(Counter(levels)))
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
@@ -155,10 +202,10 @@ class LanguageModule(LightningModule):
     def by_token(self, batch: Batch, sequences: Sequence[int], scorer: Scorer, max_tokens: int | None = None) -> Tensor:
         """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective."""
         values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
-        for micro in self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb):
-            scored = scorer(micro)
-            if not micro.is_empty:
-                values[micro.sources] = scored.double().cpu()
+        micro_batches = self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb)
+        scored = [(micro.sources, scorer(micro)) for micro in micro_batches]
+        for sources, found in scored:  # only now, so that the device need not be waited for in between
+            values[sources] = found[: len(sources)].double().cpu()
         return values
 
     def micro_batches(self, batch: Batch, sequences: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
@@ -200,8 +247,12 @@ class LanguageModule(LightningModule):
         optimizer.zero_grad()
         if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
             return None
-        self.ranks.sum_gradients(model.parameters())
-        norm = clip_gradients(model.parameters(), config.gradient_clipping)
+        trained = trained_by(optimizer.optimizer)
+        if self.sharding is None:
+            self.ranks.sum_gradients(trained)
+        else:
+            self.sharding.sum_gradients(model)
+        norm = clip_gradients(trained, config.gradient_clipping)
         if math.isfinite(norm):
             optimizer.step()
         else:
@@ -244,17 +295,27 @@ class LanguageModule(LightningModule):
     def count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
         """Adds to `statistics` what `update` returned: the gradient's norm as `name`, or that nothing was updated."""
         is_finite = norm is not None and math.isfinite(norm)
-        first_rank = self.global_rank == 0  # every rank knows the same: counted once
+        first_rank = self.ranks.index == 0  # every rank knows the same: counted once
         statistics.add_sum("skipped_minibatches", float(first_rank and norm is None))
         statistics.add_sum("nonfinite_gradients", float(first_rank and norm is not None and not is_finite))
         if norm is not None and is_finite:
             statistics.add_mean(name, norm, 1.0)
 
     def record(self, statistics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks."""
-        self.step_statistics, self.step_histograms = dict(statistics), dict(histograms)
-        step = float(self.trainer.global_step)
-        self.log_dict({**statistics, "step": step}, on_step=True, on_epoch=False, batch_size=1)
+        """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks.
+
+        Not by `self.log`, which takes a millisecond for each number, and on a GPU waits for it.
+        """
+        graphs, self._graphs = compiled_graphs() - self._graphs, compiled_graphs()
+        self.step_statistics, self.step_histograms = {**statistics, "compiled_graphs": float(graphs)}, dict(histograms)
+        numbers = {name: torch.tensor(value) for name, value in self.step_statistics.items()}
+        trainer: Any = self.trainer  # Any: it sets some of its attributes outside of its class
+        trainer.callback_metrics.update(numbers)
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            trainer.logged_metrics.update(numbers)
+            for target in trainer.loggers:
+                target.log_metrics(dict(self.step_statistics), step=trainer.global_step)
+                target.save()
 
     @property
     def learning_rate(self) -> float:

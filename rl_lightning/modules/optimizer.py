@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from rl_lightning.models.sharding import by_mesh, is_sharded, whole
+from rl_lightning.modules.master_weights import MasterWeights
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -26,6 +29,8 @@ class OptimizerConfig:
         eps: AdamW's epsilon.
         weight_decay: on matrices; vectors (norms, biases) are not decayed.
         gradient_clipping: largest norm of the gradient over all parameters; 0 for none.
+        master_weights: keep float32 copies of half-precision weights, and update those; of no effect on float32 weights, nor on
+            sharded ones, whose own way to the same is `trainer.precision=bf16-mixed`.
     """
 
     lr: float = 2e-5
@@ -36,6 +41,7 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.05
     gradient_clipping: float = 1.0
+    master_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.lr < 0 or self.gradient_clipping < 0:
@@ -55,7 +61,9 @@ class OptimizerConfig:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-        return AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        are_half = any(p.dtype in (torch.float16, torch.bfloat16) and not is_sharded(p) for p in trained)
+        kind = MasterWeights if self.master_weights and are_half else AdamW
+        return kind([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def make_scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
         """The schedule over `total_steps` training steps (infinite if unknown); stepped once after each."""
@@ -73,10 +81,17 @@ class OptimizerConfig:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
 
 
+def trained_by(optimizer: Optimizer) -> list[Tensor]:
+    """What `optimizer` updates, where its gradients are: the model's parameters, or their float32 copies."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scales the gradients in place so that their joint norm is at most `max_norm` (0: no limit); returns the norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(grads))
+    grads = by_mesh(p.grad for p in parameters if p.grad is not None)
+    norms = [whole(nn.utils.get_total_norm(group)) for group in grads]
+    norm = float(nn.utils.get_total_norm(norms))
     if 0 < max_norm < norm < math.inf:
-        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+        for group in grads:
+            torch._foreach_mul_(group, max_norm / (norm + 1e-6))
     return norm

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.batching.transfer import to_device
 from rl_lightning.modules.scored_batch import loss_cu_seqlens
 from rl_lightning.types import Batch
 
@@ -53,6 +54,7 @@ class PolicyBatch:
         prox_logprobs: (T,) float64 under the weights before this batch's updates, NaN where they are not known (yet).
         recomputed: whether the loss may use `prox_logprobs`.
         keep: (T,) bool, tokens that m2po lets into the loss, filled in minibatch by minibatch; None with other corrections.
+        learnt: (sources, log-probabilities on the device) that `settle` has yet to put into `prox_logprobs`.
     """
 
     batch: Batch
@@ -60,6 +62,7 @@ class PolicyBatch:
     prox_logprobs: Tensor
     recomputed: bool
     keep: Tensor | None = None
+    learnt: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def loss_tokens(self, sequences: Sequence[int]) -> Tensor:
         """(T,) bool: tokens of `sequences` that are in the loss."""
@@ -72,22 +75,36 @@ class PolicyBatch:
         lengths = loss_cu_seqlens(self.batch).diff()[list(sequences)]
         return torch.stack([lengths.sum(), (lengths > 0).sum()]).double()
 
-    def learn_prox(self, micro: MicroBatch, logprobs: Tensor) -> None:
-        """Keeps what the first minibatch's forward pass tells: it runs under the weights before the updates."""
-        self.prox_logprobs[micro.sources] = logprobs.detach().double().cpu()
+    def learn_prox(self, micro: MicroBatch, logprobs: Tensor) -> Tensor:
+        """Keeps what the first minibatch's forward pass tells, which runs under the weights before the updates; returns it."""
+        known = logprobs.detach()
+        self.learnt.append((micro.sources, known))
+        return known
 
-    def tokens(self, micro: MicroBatch, entropy: Tensor, normalizer: float) -> LossTokens:
-        """What the loss needs about the tokens of `micro`."""
-        like = entropy
+    def settle(self) -> None:
+        """Puts what was learnt into `prox_logprobs`; waits for the device, once for all of it."""
+        for sources, known in self.learnt:
+            self.prox_logprobs[sources] = known.double().cpu()
+        self.learnt.clear()
+
+    def tokens(self, micro: MicroBatch, entropy: Tensor, normalizer: float, prox_logprobs: Tensor | None = None) -> LossTokens:
+        """What the loss needs about the tokens of `micro`; `prox_logprobs` (M,) where they are known on the device already."""
+        device, sources = entropy.device, micro.sources
+
+        def beside(values: Tensor) -> Tensor:
+            return to_device(values[sources].to(entropy.dtype), device)
+
+        if prox_logprobs is None and self.recomputed:
+            prox_logprobs = beside(self.prox_logprobs)
         return LossTokens(
-            behav_logprobs=self.batch.behav_logprobs[micro.sources].to(like),
-            prox_logprobs=self.prox_logprobs[micro.sources].to(like) if self.recomputed else None,
-            advantages=self.advantages[micro.sources].to(like),
-            loss_mask=torch.ones_like(like, dtype=torch.bool),
+            behav_logprobs=beside(self.batch.behav_logprobs),
+            prox_logprobs=prox_logprobs if self.recomputed else None,
+            advantages=beside(self.advantages),
+            loss_mask=torch.ones_like(entropy, dtype=torch.bool),
             entropy=entropy,
-            versions=self.batch.versions[micro.sources].to(like.device),
-            cu_seqlens=micro.cu_seqlens.to(like.device),
+            versions=to_device(self.batch.versions[sources], device),
+            cu_seqlens=to_device(micro.cu_seqlens, device),
             normalizer=normalizer,
             version=self.batch.version,
-            keep=None if self.keep is None else self.keep[micro.sources].to(like.device),
+            keep=None if self.keep is None else to_device(self.keep[sources], device),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.lora import without_lora
 from rl_lightning.models.packed_model import load_packed, score_targets
+from rl_lightning.models.sharding import piece_of, whole
 
 
 class Reference:
@@ -51,15 +52,15 @@ class Reference:
         self._show(average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moving weights."""
-        return dict(self._moving())
+        """The moving weights, whole. A collective."""
+        return {name: whole(weight) for name, weight in self._moving().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Goes on from there."""
         average = self._moving()
         for name, weight in state_dict.items():
-            average[name].copy_(weight)
+            average[name].copy_(piece_of(weight, average[name]))
         self._show(average)
 
     def _moving(self) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ class Reference:
 
     def _show(self, average: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            if parameter.data_ptr() != average[name].data_ptr():
+            if parameter.dtype != average[name].dtype:
                 parameter.copy_(average[name])
 
 
@@ -79,5 +80,5 @@ def load_reference(module: Any) -> Reference:
     """The reference of an `AsyncPPOModule`, on its device: its actor without adapters where that is the same, else a model."""
     if module.lora is not None and module.ref_path == module.path and module.ppo.ref_ema_eta is None:
         return Reference(module.model, without_adapters=True)
-    model, _ = load_packed(module.ref_path, module.dtype_of_weights)
-    return Reference(model.to(module.device))
+    model, _ = load_packed(module.ref_path, module.dtype_of_weights, sharding=module.sharding)
+    return Reference(model if module.sharding is not None else model.to(module.device))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.checkpointing import Checkpointing
 from rl_lightning.models.lora import LoRAConfig
 from rl_lightning.modules.language_model import LanguageModule
 from rl_lightning.modules.optimizer import OptimizerConfig
@@ -23,8 +24,11 @@ class SFTModule(LanguageModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         lora: train adapters instead of the model's own weights; None: train all weights.
+        compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
     """
 
     def __init__(
@@ -33,17 +37,19 @@ class SFTModule(LanguageModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         max_tokens_per_mb: int = 30720,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Checkpointing = False,
         lora: LoRAConfig | None = None,
+        compile: bool | None = None,
     ) -> None:
-        super().__init__(path, optimizer, max_tokens_per_mb, dtype, gradient_checkpointing, share_prompts=False, lora=lora)
+        speed: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        super().__init__(path, optimizer, max_tokens_per_mb, dtype, share_prompts=False, lora=lora, **speed)
         self.remember(
             path=path,
             optimizer=self.optimizer_config,
             max_tokens_per_mb=max_tokens_per_mb,
             dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
             lora=self.lora,
+            **speed,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -57,6 +63,7 @@ class SFTModule(LanguageModule):
             logprobs, _ = self.score(micro)
             if micro.is_empty:
                 return logprobs.sum() * 0.0
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             statistics.add_sum("loss", -logprobs.detach().double().sum() / normalizer)
             return -logprobs.sum() / normalizer
 

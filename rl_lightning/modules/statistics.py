@@ -13,7 +13,7 @@ from rl_lightning.modules.data_parallel import DataParallel
 
 @dataclass(slots=True)
 class StepStatistics:
-    """Collects sums, counts, maxima and distributions while a step runs.
+    """Collects sums, counts, maxima and distributions while a step runs; numbers stay on their device until `reduce`.
 
     Attributes:
         sums: by name, the sum of values.
@@ -71,8 +71,13 @@ class StepStatistics:
 
 
 def _double(value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value).detach().double().cpu()
+    return torch.as_tensor(value).detach().double()
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
+    """Waits for each device once, not once a number."""
+    found: dict[str, float] = {}
+    for device in {value.device for value in values.values()}:
+        names = [name for name, value in values.items() if value.device == device]
+        found |= dict(zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True))
+    return found

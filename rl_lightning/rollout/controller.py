@@ -6,7 +6,8 @@
 | worker, when a group is done | `put`, `give_back` | never | |
 | worker, every second | `heartbeat` | never | |
 | worker, when its engine is up or fails | `register`, `leave` | never | |
-| trainer rank, each step | `take` | up to `wait_s` | the group that completes a batch |
+| trainer rank 0, when it starts or the controller did | `begin` | never | |
+| trainer rank, each step | `take`, `lost` | up to `wait_s` | the group that completes a batch |
 | trainer rank 0, after each step | `publish` | never | |
 | trainer rank, validating | `begin_evaluation`, `take_evaluation` | up to `wait_s` | an answered prompt |
 
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from rl_lightning.batching.balance import balance
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.evaluation import EvaluationQueue
-from rl_lightning.rollout.ledger import RolloutLedger
+from rl_lightning.rollout.ledger import FinishedGroup, RolloutLedger
 from rl_lightning.rollout.roster import SchedulePolicy, WorkerRoster
 from rl_lightning.types import Lease, SamplingParams
 
@@ -64,7 +65,7 @@ class ControllerSettings:
     success_rate_lb: float = 0.0
     success_rate_ub: float = 1.0
     max_rejections: int = 1000
-    lease_timeout_s: float = 1800.0
+    lease_timeout_s: float = 5400.0
     worker_timeout_s: float = 60.0
     policy: SchedulePolicy = "least_token_usage"
     evaluation_group_size: int = 1
@@ -100,14 +101,25 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One rank's part of a batch: the contents that workers put, oldest group first."""
+    """One rank's part of a batch.
+
+    Attributes:
+        version: of the weights that the step starts from.
+        contents: what the workers put, oldest group first.
+        state: for rank 0 of a training step: what `begin` goes on from if the controller dies before the next one.
+    """
 
     version: int
     contents: tuple[Any, ...]
+    state: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 class RolloutError(RuntimeError):
     """The rollout side cannot go on; the message says why and what to change."""
+
+
+class StepLostError(RuntimeError):
+    """What the step under way needs is gone; the engines are well, and another attempt from the checkpoint has it again."""
 
 
 class GroupFilterError(ValueError):
@@ -132,18 +144,24 @@ class RolloutController:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source, self._validation, self._settings, self._clock = source, validation, settings, clock
-        self._ledger = RolloutLedger(settings.gate, settings.n_groups)
+        self._waiting: dict[str, tuple[int, asyncio.Future[list[Lease]]]] = {}
+        self._counts: Counter[str] = Counter()
+        self._changed = asyncio.Condition()
+        self._clear(first_submission=0)
+
+    def _clear(self, first_submission: int) -> None:
+        """Everything as at the start, but for the counters."""
+        settings = self._settings
+        self._ledger = RolloutLedger(settings.gate, settings.n_groups, first_submission=first_submission)
         self._roster = WorkerRoster(settings.worker_timeout_s, settings.policy)
         self._evaluations = EvaluationQueue()
-        self._waiting: dict[str, tuple[int, asyncio.Future[list[Lease]]]] = {}
         self._revoked: defaultdict[str, list[int]] = defaultdict(list)
-        self._shares: tuple[int, list[list[Any]]] | None = None
+        self._shares: tuple[int, list[list[FinishedGroup]]] | None = None
+        self._missing: Counter[int] = Counter()
         self._published = False
-        self._counts: Counter[str] = Counter()
         self._rejected_in_a_row = 0
         self._fatal: Exception | None = None
-        self._nothing_expires_before_s = clock()
-        self._changed = asyncio.Condition()
+        self._nothing_expires_before_s = self._clock()
 
     # -- workers
 
@@ -179,6 +197,8 @@ class RolloutController:
 
     async def put(self, worker: str, lease: Lease, record: GroupRecord, content: Any) -> bool:
         """A group is answered. False, and nothing happens, if the lease was given to another worker meanwhile."""
+        if self._roster.get(worker) is None:
+            return False  # it held nothing since it was lost, or since the trainer began anew
         content = await self._claim(worker, content)
         if lease.evaluation:
             self._evaluations.finish(lease.submission, content)
@@ -219,6 +239,22 @@ class RolloutController:
 
     # -- trainer
 
+    async def begin(self, state: Mapping[str, Any] | None = None, *, published: bool = False) -> None:
+        """A trainer starts, or goes on with a controller that was restarted. Workers register again, old leases are void.
+
+        Args:
+            state: see `state_dict`; None is the beginning.
+            published: the trainer has published before and is in mid-run.
+        """
+        for _, future in self._waiting.values():
+            if not future.done():
+                future.set_result([])
+        self._waiting.clear()
+        self._clear(self._ledger.submissions)
+        if state is not None:
+            self._ledger.load_state_dict(state)
+        self._published = published
+
     async def publish(self, version: int, workers: Sequence[str]) -> None:
         """`version` is live in these workers' engines: admission grows, they may lease."""
         self._roster.mark_synced(workers, version)
@@ -235,14 +271,34 @@ class RolloutController:
 
         Raises:
             RolloutError, GroupFilterError: there will never be one; says why.
+            StepLostError: there was one, before the controller was restarted.
         """
         deadline = self._clock() + wait_s
-        while not self._compose(version, world_size):
+        while not (self._compose(version, world_size) and self._complete(rank)):
             await self.check()
             if not await self._wait_until(deadline):
                 return self._waiting_report(version)
         assert self._shares is not None
-        return Share(version, tuple(self._shares[1][rank]))
+        contents = tuple(group.content for group in self._shares[1][rank])
+        return Share(version, contents, self._ledger.state_dict(version + 1) if rank == 0 else None)
+
+    async def lost(self, version: int, rank: int, places: Sequence[int]) -> None:
+        """What stood at these places of the rank's share went down with its node: the groups are answered again, first.
+
+        The rank's next `take` gives the others and as many more as are missing, once there are.
+
+        Raises:
+            StepLostError: the share itself is gone, because the controller was restarted since.
+        """
+        if self._shares is None or self._shares[0] != version:
+            raise _gone(version)
+        share = self._shares[1][rank]
+        groups = [share[place] for place in places]
+        logger.warning("the answers of %d prompt groups were lost with their node: they are answered again first", len(groups))
+        self._ledger.lose([group.index for group in groups])
+        self._shares[1][rank] = [group for group in share if group not in groups]
+        self._missing[rank] += len(groups)
+        await self._notify()
 
     async def begin_evaluation(self, positions: Sequence[int]) -> int:
         """Queues validation prompts; returns the id to take the answers by."""
@@ -253,6 +309,8 @@ class RolloutController:
     async def take_evaluation(self, evaluation: int, wait_s: float = 5.0) -> Share | Waiting:
         """All answers of an evaluation in the order of their positions, once complete."""
         deadline = self._clock() + wait_s
+        if not self._evaluations.knows(evaluation):
+            raise StepLostError("the validation under way was lost with the controller's process; go on from the checkpoint")
         while (contents := self._evaluations.results(evaluation)) is None:
             await self.check()
             if not await self._wait_until(deadline):
@@ -264,7 +322,7 @@ class RolloutController:
 
     async def statistics(self) -> dict[str, float]:
         """Counters since the start and gauges of now, for logs."""
-        engine_s = self._roster.total("alive_s")
+        engine_s, busy_s = self._roster.total("alive_s"), self._roster.total("busy_s")
         return {
             "generated_tokens": float(self._counts["answer_tokens"]),
             "groups_running": float(len(self._ledger.running)),
@@ -273,7 +331,8 @@ class RolloutController:
             "groups_abandoned": float(self._ledger.abandoned),
             "groups_requeued": float(self._ledger.requeued),
             "engine_restarts": float(self._roster.restarts),
-            "engine_idle_share": 1.0 - self._roster.total("busy_s") / engine_s if engine_s else 0.0,
+            "engine_busy_s": busy_s,
+            "engine_idle_share": 1.0 - busy_s / engine_s if engine_s else 0.0,
             "workers_alive": float(len(self._roster)),
             **{k: float(self._counts[k]) for k in ("reward_error", "reward_timeout", "reward_memory")},
         }
@@ -328,10 +387,22 @@ class RolloutController:
         """Makes the shares of `version`'s batch on the first rank's call; the others find them."""
         if self._shares is not None and self._shares[0] == version:
             return True
+        if version < self._ledger.version:
+            raise _gone(version)
         if version != self._ledger.version or (batch := self._ledger.take()) is None:
             return False
         parts = balance([g.n_tokens for g in batch], world_size)
-        self._shares = (version, [[batch[i].content for i in part] for part in parts])
+        self._shares = (version, [[batch[i] for i in part] for part in parts])
+        return True
+
+    def _complete(self, rank: int) -> bool:
+        """Fills the places of groups that were lost."""
+        if self._missing[rank]:
+            if (more := self._ledger.take(self._missing[rank])) is None:
+                return False
+            assert self._shares is not None
+            self._shares[1][rank] += more
+            del self._missing[rank]
         return True
 
     def _expire(self) -> None:
@@ -354,7 +425,9 @@ class RolloutController:
         self._nothing_expires_before_s = min(silent + s.worker_timeout_s, started + s.lease_timeout_s)
 
     def _drop_leases(self, worker: str) -> None:
-        self._waiting.pop(worker, None)  # a call of its earlier life may still wait; nobody would get its leases
+        _, waiting = self._waiting.pop(worker, (0, None))
+        if waiting is not None and not waiting.done():  # if it was of an earlier life, nobody would get its leases
+            waiting.set_result([])
         lost = self._ledger.give_back_all(worker)
         self._evaluations.give_back_all(worker)
         if lost:
@@ -400,7 +473,7 @@ class RolloutController:
         """
         self._expire()
         self._dispatch()
-        if answered or self._fatal is not None or self._ledger.ready():
+        if answered or self._fatal is not None or self._missing or self._ledger.ready():
             async with self._changed:
                 self._changed.notify_all()
 
@@ -412,3 +485,7 @@ class RolloutController:
         self._expire()
         self._dispatch()
         return self._clock() < deadline
+
+
+def _gone(version: int) -> StepLostError:
+    return StepLostError(f"the batch of step {version + 1} was lost with the controller's process; go on from the checkpoint")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings
-from rl_lightning.rollout.loader import EvaluationLoader, Resync, RolloutLoader
+from rl_lightning.rollout.controller import ControllerSettings, RolloutError
+from rl_lightning.rollout.loader import Agree, EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
 from rl_lightning.types import RolloutGroup, SamplingParams
@@ -25,8 +27,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from rl_lightning.rollout.fleet import RolloutFleet
+    from rl_lightning.strategies.demand import Demand
 
 logger = logging.getLogger(__name__)
+
+STOP_S = 10.0
+STOP_AFTER_FAILURE_S = 3.0
 
 
 class RolloutDataModule(LightningDataModule):
@@ -41,6 +47,8 @@ class RolloutDataModule(LightningDataModule):
         generation: how training answers are sampled.
         engine: an Engine, or `auto`: SGLang where it is installed, else TorchEngine.
         num_engines: rollout workers, each with one engine.
+        min_engines: as many must be ready before training starts, the others join when Ray has resources for them: where a
+            node is added or comes back. null is all of them.
         cpus_per_engine: Ray CPUs of one worker.
         gpus_per_engine: Ray GPUs of one worker; None is 1 where Ray has GPUs, else 0.
         max_head_offpolicyness: eta, most versions between an answer's first token and its training step; 0 is synchronous.
@@ -56,7 +64,8 @@ class RolloutDataModule(LightningDataModule):
         workflow: how a prompt becomes answers; single turn by default.
         weight_transport: how weights reach the engines; `auto` is the engine's preferred way.
         sync_timeout_s: longest time for one weight update (AReaL: `flush_request_timeout`).
-        batch_timeout_s: longest wait for a batch.
+        batch_timeout_s: longest wait for a batch; above `lease_timeout_s`, so that a prompt whose answers hang can be answered
+            by another worker.
         lease_timeout_s: longest time for one prompt's answers.
         start_timeout_s: until all engines are ready.
         worker_timeout_s: silence after which a worker's prompts go to others.
@@ -67,6 +76,10 @@ class RolloutDataModule(LightningDataModule):
         validation_group_size: answers to each validation prompt.
         validation_generation: how they are sampled; None is as in training.
         ray_init: arguments of `ray.init`, for a trainer whose strategy does not bring a Ray cluster.
+
+    Attributes:
+        fleet: controller and workers; None before they start and after they ended.
+        keeps_fleet: whether the driver of a RayStrategy keeps them when the trainer fails, for `adopt`.
 
     Raises:
         ValueError: options that contradict each other; the message names both.
@@ -82,6 +95,7 @@ class RolloutDataModule(LightningDataModule):
         generation: SamplingParams = SamplingParams(),
         engine: Engine | Literal["auto"] = "auto",
         num_engines: int = 1,
+        min_engines: int | None = None,
         cpus_per_engine: float = 1,
         gpus_per_engine: float | None = None,
         max_head_offpolicyness: int = 4,
@@ -96,8 +110,8 @@ class RolloutDataModule(LightningDataModule):
         workflow: Workflow | None = None,
         weight_transport: Literal["auto", "disk", "object_store", "distributed", "tensor"] = "auto",
         sync_timeout_s: float = 300.0,
-        batch_timeout_s: float = 1800.0,
-        lease_timeout_s: float = 1800.0,
+        batch_timeout_s: float = 10800.0,
+        lease_timeout_s: float = 5400.0,
         start_timeout_s: float = 300.0,
         worker_timeout_s: float = 60.0,
         reward_timeout_s: float = 8.0,
@@ -113,6 +127,8 @@ class RolloutDataModule(LightningDataModule):
             raise ValueError(
                 "rewards is empty: give at least one, e.g. rewards: [{reward: rl_lightning.rewards.exact.exact_match}]"
             )
+        if min_engines is not None and not 1 <= min_engines <= num_engines:
+            raise ValueError(f"min_engines={min_engines} must be between 1 and num_engines={num_engines}, or null for all")
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1 answer per prompt")
         if not 0 <= success_rate_lb <= success_rate_ub <= 1:
@@ -122,6 +138,7 @@ class RolloutDataModule(LightningDataModule):
         self.batch_size, self.group_size, self.generation = batch_size, group_size, generation
         self.engine: Engine = make_engine() if engine == "auto" else engine
         self.num_engines, self.cpus_per_engine, self.gpus_per_engine = num_engines, cpus_per_engine, gpus_per_engine
+        self.min_engines = num_engines if min_engines is None else min_engines
         self.shuffle, self.seed, self.schedule_policy = shuffle, seed, schedule_policy
         self.success_rates = (success_rate_lb, success_rate_ub)
         self.group_filter, self.max_rejections = group_filter, max_rejections
@@ -134,6 +151,7 @@ class RolloutDataModule(LightningDataModule):
         self.validation_generation = validation_generation or generation
         self.ray_init = ray_init
         self.fleet: RolloutFleet | None = None
+        self.keeps_fleet = False
         self.resync: Resync | None = None
         self._loaded = self._connected = False
         self._warn_of_bias()
@@ -167,24 +185,64 @@ class RolloutDataModule(LightningDataModule):
     # -- LightningDataModule
 
     def setup(self, stage: str) -> None:
-        """Starts controller and workers on rank 0; the engines load while the trainer builds its model."""
+        """Starts controller and workers on rank 0, unless the driver has; they load while the trainer builds its model."""
+        if self.fleet is None:
+            self._check(stage)
+            fleet = self._launch() if self._trainer.is_global_zero else None
+            shared = self._trainer.strategy.broadcast(fleet)
+            self.fleet = fleet or shared
+        assert self.fleet is not None
+        self.fleet.restores = self._trainer.is_global_zero
+
+    # -- Companion: where RayStrategy trains, the engines belong to its driver and outlive the ranks
+
+    def demand(self) -> Demand:
+        """What the engines need that must be there; those of an earlier attempt have theirs, as far as they live."""
+        from rl_lightning.strategies.demand import Demand
+
+        each = {"CPU": self.cpus_per_engine, "GPU": self._gpus_per_engine()}
+        options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
+        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
+
+    def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
+        """Starts controller and workers, or has those of an earlier attempt begin anew."""
+        self.trainer = trainer
+        self._check("fit" if trainer.state.fn == TrainerFn.FITTING else "")
         if self.fleet is not None:
-            return
-        self.check_inputs()
-        world_size = self._ranks()[1]
-        self._check_shares(world_size)
-        module: Any = self._trainer.lightning_module
-        if stage == "fit" and hasattr(module, "check_data"):
-            module.check_data(self, world_size)
-        fleet = self._launch() if self._trainer.is_global_zero else None
-        shared = self._trainer.strategy.broadcast(fleet)
-        self.fleet = fleet or shared
+            try:
+                self.fleet.begin()
+                logger.info("the engines of the attempt before are kept")
+            except RolloutError as error:
+                logger.warning("the engines are started again: %s", error)
+                self.fleet.stop()
+                self.fleet = None
+        self.fleet = self.fleet or self._launch()
+        return self.fleet
+
+    def end_on_driver(self, error: BaseException | None) -> bool:
+        """Ends the engines, unless the trainer alone failed and another attempt is to come."""
+        if self.fleet is None:
+            return False
+        if error is not None and self.keeps_fleet and self._may_keep_fleet(error):
+            return True
+        self.fleet.stop(STOP_S if error is None else STOP_AFTER_FAILURE_S)
+        self.fleet = None
+        return False
+
+    def join(self, shared: RolloutFleet) -> None:
+        """This rank's way to the engines."""
+        self.fleet = shared
+
+    def adopt(self, before: RolloutDataModule) -> None:
+        """Takes the engines that the data module of a failed attempt has kept."""
+        self.fleet, before.fleet = before.fleet, None
 
     def train_dataloader(self) -> RolloutLoader:
         """This rank's batches of one epoch."""
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, self.batch_timeout_s, self._resync)
+        timeout_s, agree = self.batch_timeout_s, self._agree()
+        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, timeout_s, self._resync, agree)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """This rank's share of the validation prompts, answered; nothing where there are none."""
@@ -193,9 +251,8 @@ class RolloutDataModule(LightningDataModule):
             return []
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        return EvaluationLoader(
-            self.fleet, self._step, len(self.validation_prompts), rank, world_size, self.batch_timeout_s, self._resync
-        )
+        n_prompts, timeout_s, agree = len(self.validation_prompts), self.batch_timeout_s, self._agree()
+        return EvaluationLoader(self.fleet, self._step, n_prompts, rank, world_size, timeout_s, self._resync, agree)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """A synchronous trainer has the GPU to itself while it works, as far as an engine on it can make room."""
@@ -228,6 +285,7 @@ class RolloutDataModule(LightningDataModule):
         """Goes on at the saved position; open prompts are answered again first."""
         if self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
             self.fleet.call("load_state_dict", state_dict["rollouts"])
+            self.fleet.state = state_dict["rollouts"]
 
     # -- for callbacks
 
@@ -236,6 +294,22 @@ class RolloutDataModule(LightningDataModule):
         return self.fleet.call("statistics") if self.fleet is not None else {}
 
     # -- inside
+
+    @staticmethod
+    def _may_keep_fleet(error: BaseException) -> bool:
+        """Whether nothing of the fleet's own is wrong."""
+        from rl_lightning.failure import find_cause, may_be_mended_by_restart
+
+        return isinstance(error, Exception) and may_be_mended_by_restart(error) and find_cause(error, (RolloutError,)) is None
+
+    def _check(self, stage: str) -> None:
+        """What can be wrong with the data, before an engine starts."""
+        self.check_inputs()
+        world_size = self._ranks()[1]
+        self._check_shares(world_size)
+        module: Any = self._trainer.lightning_module
+        if stage == "fit" and hasattr(module, "check_data"):
+            module.check_data(self, world_size)
 
     def _check_shares(self, world_size: int) -> None:
         if self.batch_size % world_size:
@@ -260,18 +334,21 @@ class RolloutDataModule(LightningDataModule):
 
         self._connected = not ray.is_initialized()
         connect(self.ray_init)
-        settings = FleetSettings(self.num_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s)
-        room = math.ceil(self.gate.max_concurrent_rollouts / self.num_engines)
+        settings = FleetSettings(
+            self.num_engines, self.min_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s
+        )
+        room = math.ceil(self.gate.max_concurrent_rollouts / self.min_engines)
         pool = RewardPool(self.rewards, self.reward_processes, self.reward_timeout_s, self.reward_memory_gb)
         return RolloutFleet.launch(
             settings,
             self._controller_settings(),
-            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter),
+            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter, folder=os.getcwd()),
             PromptSource(self.prompts, self.seed, self.shuffle),
             self.validation_prompts,
             self.engine,
             self.workflow,
             pool,
+            getattr(self._trainer.strategy, "env_vars", {}),
         )
 
     def _controller_settings(self) -> ControllerSettings:
@@ -327,6 +404,11 @@ class RolloutDataModule(LightningDataModule):
 
     def _step(self) -> int:
         return self._trainer.global_step
+
+    def _agree(self) -> Agree | None:
+        """Where each trainer rank holds a piece of the model, all of them take part in sending it."""
+        is_in_pieces = getattr(self._trainer.lightning_module, "sharding", None) is not None
+        return self._trainer.strategy.broadcast if is_in_pieces else None
 
     def _resync(self, workers: Any) -> None:
         if self.resync is not None:

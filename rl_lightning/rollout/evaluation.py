@@ -68,6 +68,10 @@ class EvaluationQueue:
         for submission in [s for s, lease in self._running.items() if lease[2] == worker]:
             self.give_back(submission)
 
+    def knows(self, evaluation: int) -> bool:
+        """Whether `begin` gave this id and its results are still wanted."""
+        return evaluation in self._evaluations
+
     def progress(self, evaluation: int) -> tuple[int, int]:
         """(answered, wanted)."""
         entry = self._evaluations[evaluation]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.rollout.controller import ControllerSettings, RolloutController, RolloutError
-from rl_lightning.rollout.worker import RolloutWorkerActor, WorkerSettings
+from rl_lightning.rollout.worker import CONTROLLER_POLL_S, CONTROLLER_RESTART_S, RolloutWorkerActor, WorkerSettings
 
 if TYPE_CHECKING:
     from rl_lightning.engines.engine import Engine
@@ -21,11 +23,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 60.0
+STOP_CALL_TIMEOUT_S = 3.0
 PROGRESS_S = 30.0
 
 
+class ControllerLostError(RuntimeError):
+    """The controller that this trainer began with is gone: Ray starts it again, without its state."""
+
+
 class RolloutControllerActor(RolloutController):
-    """The controller as a Ray actor: it owns finished groups, so that they outlive the worker that made them."""
+    """The controller as a Ray actor: it owns finished groups, so that they outlive the worker that made them.
+
+    A trainer speaks to it by `ask`, and names the life that it began with `live`: so a controller that Ray restarted does
+    not answer as if nothing had been, and the ranks of an earlier attempt cannot speak in the name of the new one.
+    """
+
+    _life = ""
+
+    async def live(self, life: str, state: Mapping[str, Any] | None, *, published: bool) -> None:
+        """`begin`, unless it is the life that the controller is in."""
+        if life != self._life:
+            await self.begin(state, published=published)
+            self._life = life
+
+    async def ask(self, life: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The result of a method; ControllerLostError in another life."""
+        if life != self._life:
+            raise ControllerLostError
+        return await getattr(self, method)(*args, **kwargs)
 
     async def _claim(self, worker: str, content: Any) -> list[Any]:
         """Takes ownership of a group in the worker's outbox; its arrays stay in the object store of the worker's node."""
@@ -43,11 +68,13 @@ class FleetSettings:
 
     Attributes:
         num_engines: rollout workers, each with one engine.
+        min_engines: as many must be ready before the trainer starts; the others join whenever Ray has a place for them.
         cpus_per_engine, gpus_per_engine: Ray resources of one worker.
         start_timeout_s: until every engine is ready.
     """
 
     num_engines: int
+    min_engines: int
     cpus_per_engine: float
     gpus_per_engine: float
     start_timeout_s: float
@@ -55,17 +82,25 @@ class FleetSettings:
 
 @dataclass
 class RolloutFleet:
-    """Started by trainer rank 0; the other ranks get a copy that reaches the same actors.
+    """Started by the driver of a RayStrategy, else by trainer rank 0; the ranks get copies that reach the same actors.
 
     Attributes:
         controller: actor handle of the RolloutController.
         settings: see `FleetSettings`.
-        workers: actor handles by name, for ending them; only on the rank that started them.
+        workers: actor handles by name, for ending them; only in the process that started them.
+        life: names the trainer's attempt to the controller.
+        wanted: engines that must be ready before anything is published.
+        restores: this copy gives a restarted controller its state back; on rank 0 only.
+        state: what it gives.
     """
 
     controller: Any
     settings: FleetSettings
     workers: dict[str, Any] = field(default_factory=dict)
+    life: str = ""
+    wanted: int = 0
+    restores: bool = False
+    state: Mapping[str, Any] | None = None
 
     @classmethod
     def launch(
@@ -78,16 +113,20 @@ class RolloutFleet:
         engine: Engine,
         workflow: Workflow,
         rewards: RewardPool,
+        env_vars: Mapping[str, str],
     ) -> RolloutFleet:
         """Starts all actors in the cluster that this process is connected to; does not wait for the engines."""
         import ray
 
-        env = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+        from rl_lightning.strategies.cluster import beside_me
+        from rl_lightning.strategies.job import worker_environment
+
+        env = {"env_vars": {**worker_environment(), "TOKENIZERS_PARALLELISM": "false", **env_vars}}
         # Workers find the controller by name: Ray cannot restart actors that got a handle as an argument.
         name = f"rollout-controller-{uuid.uuid4().hex[:8]}"
-        options = {"name": name, "num_cpus": 0, "runtime_env": env}
+        options = {"name": name, "runtime_env": env, "max_restarts": -1, **beside_me()}
         handle = ray.remote(RolloutControllerActor).options(**options).remote(source, controller, validation)
-        fleet = cls(handle, settings)
+        fleet = cls(handle, settings, wanted=settings.min_engines)
         actor = ray.remote(RolloutWorkerActor).options(
             num_cpus=settings.cpus_per_engine,
             num_gpus=settings.gpus_per_engine,
@@ -98,18 +137,47 @@ class RolloutFleet:
         for i in range(settings.num_engines):
             named = replace(worker, name=f"worker {i}")
             fleet.workers[named.name] = actor.remote(named, name, engine, workflow, rewards)
+        fleet.begin()
         return fleet
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy can speak to the actors but does not own them."""
-        return {"controller": self.controller, "settings": self.settings, "workers": {}}
+        return {**self.__dict__, "workers": {}, "restores": False}
+
+    def begin(self) -> None:
+        """A trainer starts: what an earlier one left is void; its engines are kept, and register again at once."""
+        if self.life:
+            self.wanted = 1  # those that live; the others join when Ray has a place for them
+        self.life, self.state = uuid.uuid4().hex, None
+        self._until_answered(lambda: self._ask("live", self.life, None, published=False))
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
-        """Result of a controller method.
+        """Result of a controller method; waits for a controller that Ray is starting again.
 
         Raises:
-            RolloutError: what the controller raised, or that it died or did not answer in time.
+            RolloutError: what the controller raised, or that it died for good or did not answer in time.
         """
+        return self._until_answered(lambda: self._ask("ask", self.life, method, *args, timeout_s=timeout_s, **kwargs))
+
+    def _until_answered(self, ask: Callable[[], Any]) -> Any:
+        give_up_s = time.monotonic() + CONTROLLER_RESTART_S
+        while True:
+            try:
+                return ask()
+            except ControllerLostError:
+                if time.monotonic() > give_up_s:
+                    raise RolloutError(f"the rollout controller did not come back within {CONTROLLER_RESTART_S:.0f} s") from None
+            self._restore()
+            time.sleep(CONTROLLER_POLL_S)
+
+    def _restore(self) -> None:
+        if not self.restores:
+            return
+        with contextlib.suppress(ControllerLostError):
+            self._ask("live", self.life, self.state, published=True)
+            logger.warning("the rollout controller had died; it goes on from version %d", (self.state or {}).get("version", 0))
+
+    def _ask(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
         import ray
 
         try:
@@ -117,19 +185,21 @@ class RolloutFleet:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.GetTimeoutError:
-            raise RolloutError(f"the rollout controller did not answer {method!r} within {timeout_s:.0f} s") from None
+            raise RolloutError(f"the rollout controller did not answer {args[1:2]} within {timeout_s:.0f} s") from None
+        except ray.exceptions.ActorUnavailableError:
+            raise ControllerLostError from None
         except ray.exceptions.RayActorError as error:
             raise RolloutError(f"the rollout controller died: {error}; start again with --ckpt_path last") from error
 
     def wait_for_workers(self) -> list[tuple[str, Any]]:
-        """(name, handle) of all workers, once every engine is ready.
+        """(name, handle) of all workers, once as many engines are ready as are wanted.
 
         Raises:
             RolloutError: not all were within `start_timeout_s`; says how many, and what the cluster has.
         """
         import ray
 
-        started, wanted = time.monotonic(), self.settings.num_engines
+        started, wanted = time.monotonic(), self.wanted
         told = started
         while len(ready := self.call("workers")) < wanted:
             self.call("check")
@@ -152,9 +222,18 @@ class RolloutFleet:
 
         if not ray.is_initialized():
             return
-        asked = [handle.stop.remote() for handle in self.workers.values()]
+        asked = [self.workers[name].stop.remote() for name in self._reachable() if name in self.workers]
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
         for handle in [*self.workers.values(), *([self.controller] if self.workers else [])]:
             ray.kill(handle)
         self.workers = {}
+
+    def _reachable(self) -> list[str]:
+        """Names of the workers that live; the others, which wait for a place, could not answer."""
+        if not self.workers:
+            return []
+        try:
+            return [name for name, _ in self._ask("workers", timeout_s=STOP_CALL_TIMEOUT_S)]
+        except (RolloutError, ControllerLostError):
+            return []

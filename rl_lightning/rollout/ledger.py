@@ -48,9 +48,12 @@ class RolloutLedger:
         gate: the admission rule.
         n_groups: groups that the whole run will train on, None if unknown; nothing is submitted beyond it.
         max_attempts: leases of one group before it is given up.
+        first_submission: number of the first lease; a ledger that follows another one goes on where that one stood.
     """
 
-    def __init__(self, gate: StalenessGate, n_groups: int | None = None, max_attempts: int = 4) -> None:
+    def __init__(
+        self, gate: StalenessGate, n_groups: int | None = None, max_attempts: int = 4, first_submission: int = 0
+    ) -> None:
         self.gate = gate
         self.n_groups = n_groups
         self.max_attempts = max_attempts
@@ -65,7 +68,7 @@ class RolloutLedger:
         self._next_index = 0
         self._returned: list[int] = []
         self._attempts: dict[int, int] = {}
-        self._submissions = 0
+        self.submissions = first_submission
         # How many groups were leased at each version: whether a batch may be taken is asked after every finished group, and
         # must not cost a look at all of them.
         self._running_since: Counter[int] = Counter()
@@ -89,8 +92,8 @@ class RolloutLedger:
         else:
             index = self._next_index
             self._next_index += 1
-        group = RunningGroup(index, worker, self.version, self._submissions, now_s)
-        self._submissions += 1
+        group = RunningGroup(index, worker, self.version, self.submissions, now_s)
+        self.submissions += 1
         self.running[index] = group
         self._running_since[group.version] += 1
         return group
@@ -144,35 +147,48 @@ class RolloutLedger:
 
     # -- training
 
-    def ready(self) -> bool:
+    def ready(self, size: int | None = None) -> bool:
         """Whether `take` gives a batch now: B groups are finished, and those left behind can all meet their step.
 
         With the B oldest taken, for every j at most j * B remaining groups may be due within the next j steps. A later
         submission is never due before an earlier one, so the oldest B are those that are due first.
+
+        Args:
+            size: groups wanted, where it is not a whole batch B.
         """
-        size, due_now = self.gate.batch_size, self.version - self.gate.max_head_offpolicyness
+        due_now = self.version - self.gate.max_head_offpolicyness
+        size = self.gate.batch_size if size is None else size
         if len(self.finished) < size:
             return False
         running = finished = 0
         for version in sorted(self._running_since.keys() | self._finished_since.keys()):
             running += self._running_since[version]
             finished += self._finished_since[version]
-            if running + max(0, finished - size) > max(0, version - due_now) * size:
+            if running + max(0, finished - size) > max(0, version - due_now) * self.gate.batch_size:
                 return False
         return True
 
-    def take(self) -> list[FinishedGroup] | None:
-        """The batch of step `version`, oldest first, or None while it must wait."""
-        if not self.ready():
+    def take(self, size: int | None = None) -> list[FinishedGroup] | None:
+        """The batch of step `version`, or `size` groups more for it, oldest first; None while it must wait."""
+        size = self.gate.batch_size if size is None else size
+        if not self.ready(size):
             return None
-        batch = heapq.nsmallest(self.gate.batch_size, self.finished.values(), key=lambda g: g.submission)
+        batch = heapq.nsmallest(size, self.finished.values(), key=lambda g: g.submission)
         for group in batch:
             del self.finished[group.index]
             self._attempts.pop(group.index, None)
         self._finished_since.subtract(group.version for group in batch)
         self.consumed += len(batch)
-        self.training = [group.index for group in batch]
+        self.training += [group.index for group in batch]
         return batch
+
+    def lose(self, indices: list[int]) -> None:
+        """These groups of the batch cannot be trained on, their arrays are gone: they go to the front of the queue."""
+        self.training = [index for index in self.training if index not in indices]
+        self.consumed -= len(indices)
+        self.requeued += len(indices)
+        for index in indices:
+            heapq.heappush(self._returned, index)
 
     def advance(self, version: int) -> None:
         """The weights of `version` are live in the engines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.rollout.controller import RolloutError, Share, Waiting
-from rl_lightning.types import Batch
+from rl_lightning.rollout.controller import RolloutError, Share, StepLostError, Waiting
+from rl_lightning.types import Batch, RolloutGroup
 
 if TYPE_CHECKING:
     from rl_lightning.rollout.fleet import RolloutFleet
@@ -20,34 +21,73 @@ logger = logging.getLogger(__name__)
 Resync = Callable[[Sequence[tuple[str, Any]]], None]
 """Sends the current weights to these workers (name, handle)."""
 
+Agree = Callable[[Any], Any]
+"""A collective: gives every rank what rank 0 put in."""
+
 POLL_S = 5.0
 PROGRESS_S = 30.0
+FETCH_TIMEOUT_S = 300.0
 
 
-def await_share(ask: Callable[[], Share | Waiting], resync: Resync | None, timeout_s: float, what: str) -> Share:
+def await_share(
+    ask: Callable[[], Share | Waiting], resync: Resync | None, timeout_s: float, what: str, agree: Agree | None = None
+) -> Share:
     """Asks until there is a share, sending weights to workers that came back without them.
+
+    Args:
+        ask: waits a little for this rank's share.
+        resync: see `Resync`.
+        timeout_s: longest wait.
+        what: is waited for.
+        agree: where all ranks take part in sending weights, gives them rank 0's view of whether to wait; None: each its own.
 
     Raises:
         RolloutError: none within `timeout_s`; says what was missing.
     """
     started = told = time.monotonic()
-    while isinstance(answer := ask(), Waiting):
+    answer = ask()
+    while (waiting := agree(_waiting(answer)) if agree is not None else _waiting(answer)) is not None:
         now = time.monotonic()
         if now - started > timeout_s:
-            raise RolloutError(f"no {what} within {timeout_s:.0f} s: {answer.report}")
+            raise RolloutError(f"no {what} within {timeout_s:.0f} s: {waiting.report}")
         if now - told > PROGRESS_S:
             told = now
-            logger.info("waiting for %s since %.0f s: %s", what, now - started, answer.report)
-        if answer.unsynced and resync is not None:
-            resync(answer.unsynced)
-    return answer
+            logger.info("waiting for %s since %.0f s: %s", what, now - started, waiting.report)
+        if waiting.unsynced and resync is not None:
+            resync(waiting.unsynced)
+        answer = answer if isinstance(answer, Share) else ask()
+    # rank 0 has its share, so this one's is there too
+    return answer if isinstance(answer, Share) else await_share(ask, None, timeout_s, what)
 
 
-def fetch(share: Share, timeout_s: float = 300.0) -> list[Any]:
-    """The groups behind a share's references."""
+def _waiting(answer: Share | Waiting) -> Waiting | None:
+    return answer if isinstance(answer, Waiting) else None
+
+
+def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[RolloutGroup], list[int]]:
+    """(the groups behind a share's references, places of those that went down with their node)."""
     import ray
 
-    return ray.get([ref for content in share.contents for ref in content], timeout=timeout_s)
+    refs = [ref for (ref,) in share.contents]
+    with contextlib.suppress(ray.exceptions.ObjectLostError):
+        return ray.get(refs, timeout=timeout_s), []
+    groups, lost = [], []
+    for place, ref in enumerate(refs):
+        try:
+            groups.append(ray.get(ref, timeout=timeout_s))
+        except ray.exceptions.ObjectLostError:
+            lost.append(place)
+    return groups, lost
+
+
+def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
+    """Answers may be waited for anew only by a rank that waits for itself.
+
+    Raises:
+        StepLostError: all ranks wait together, and those that have their answers have gone on.
+    """
+    if lost and agree is not None:
+        raise StepLostError(f"the answers of {len(lost)} prompts were lost with their node; go on from the checkpoint")
 
 
 class RolloutLoader:
@@ -60,6 +100,7 @@ class RolloutLoader:
         rank, world_size: of data parallelism.
         timeout_s: longest wait for one batch.
         resync: see `Resync`; None on ranks that do not publish.
+        agree: see `await_share`.
     """
 
     def __init__(
@@ -71,9 +112,11 @@ class RolloutLoader:
         world_size: int,
         timeout_s: float,
         resync: Resync | None,
+        agree: Agree | None = None,
     ) -> None:
         self._fleet, self._step, self._length = fleet, step, length
-        self._rank, self._world_size, self._timeout_s, self._resync = rank, world_size, timeout_s, resync
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._resync, self._agree = resync, agree
         self._resume_at, self._first_step = 0, step()
 
     def __len__(self) -> int:
@@ -87,14 +130,24 @@ class RolloutLoader:
 
     def _next(self) -> Batch:
         version, started = self._step(), time.monotonic()
+        groups, lost = fetch(self._take(version, self._resync, self._agree))
+        while lost:
+            check_lost(lost, self._agree)
+            self._fleet.call("lost", version, self._rank, lost)
+            # the other ranks are no longer here: this one cannot send a model of which they hold pieces
+            groups, lost = fetch(self._take(version, None if self._agree is not None else self._resync, None))
+        return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
+
+    def _take(self, version: int, resync: Resync | None, agree: Agree | None) -> Share:
         share = await_share(
             lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S),
-            self._resync,
+            resync,
             self._timeout_s,
             f"batch for step {version + 1}",
+            agree,
         )
-        batch = collate(fetch(share))
-        return replace(batch, version=version, wait_s=time.monotonic() - started)
+        self._fleet.state = share.state
+        return share
 
     def state_dict(self) -> dict[str, int]:
         """Steps finished in this epoch: a batch that was given but not trained on does not count."""
@@ -120,20 +173,31 @@ class EvaluationLoader:
         world_size: int,
         timeout_s: float,
         resync: Resync | None,
+        agree: Agree | None = None,
     ) -> None:
         self._fleet, self._step, self._positions = fleet, step, list(range(rank, n_prompts, world_size))
-        self._timeout_s, self._resync = timeout_s, resync
+        self._timeout_s, self._resync, self._agree = timeout_s, resync, agree
 
     def __len__(self) -> int:
         return 1
 
     def __iter__(self) -> Iterator[Batch]:
         started = time.monotonic()
-        evaluation = self._fleet.call("begin_evaluation", self._positions)
-        share = await_share(
+        answered: dict[int, RolloutGroup] = {}
+        while missing := [position for position in self._positions if position not in answered]:
+            groups, lost = fetch(self._answers(missing))
+            check_lost(lost, self._agree)
+            there = [position for place, position in enumerate(missing) if place not in lost]
+            answered.update(zip(there, groups, strict=True))
+        batch = collate([answered[position] for position in self._positions])
+        yield replace(batch, version=self._step(), wait_s=time.monotonic() - started)
+
+    def _answers(self, positions: list[int]) -> Share:
+        evaluation = self._fleet.call("begin_evaluation", positions)
+        return await_share(
             lambda: self._fleet.call("take_evaluation", evaluation, POLL_S),
             self._resync,
             self._timeout_s,
-            f"validation of {len(self._positions)} prompts",
+            f"validation of {len(positions)} prompts",
+            self._agree,
         )
-        yield replace(collate(fetch(share)), version=self._step(), wait_s=time.monotonic() - started)

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import time
 import uuid
 from collections import Counter
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CONTROLLER_RESTART_S = 120.0
+CONTROLLER_POLL_S = 0.5
+
 GroupFilter = Callable[[RolloutGroup], bool]
 """Whether a group may be trained on."""
 
@@ -52,6 +56,7 @@ class WorkerSettings:
         max_engine_restarts: engine failures in a row, without a group finished in between, before the run is stopped.
         heartbeat_s: between signs of life.
         group_filter: asked about every training group; None lets all pass.
+        folder: what relative paths are relative to; left alone where it does not exist.
     """
 
     name: str
@@ -60,6 +65,7 @@ class WorkerSettings:
     max_engine_restarts: int = 3
     heartbeat_s: float = 1.0
     group_filter: GroupFilter | None = None
+    folder: str = "."
 
 
 class RolloutWorker:
@@ -278,16 +284,28 @@ class RolloutWorker:
 
 
 class ControllerClient:
-    """The controller's methods as coroutines, over its Ray actor handle."""
+    """The controller's methods as coroutines, over its Ray actor handle.
+
+    A call that finds the controller's process dead waits until Ray has started it again; all of them may come twice.
+    """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
+        import ray
+
         remote = getattr(self._handle, method).remote
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            return await remote(*args, **kwargs)
+            give_up_s = time.monotonic() + CONTROLLER_RESTART_S
+            while True:
+                try:
+                    return await remote(*args, **kwargs)
+                except ray.exceptions.ActorUnavailableError:
+                    if time.monotonic() > give_up_s:
+                        raise
+                await asyncio.sleep(CONTROLLER_POLL_S)
 
         return call
 
@@ -312,6 +330,8 @@ class RolloutWorkerActor:
         import torch
 
         torch.set_num_threads(1)
+        if os.path.isdir(settings.folder):
+            os.chdir(settings.folder)
         self.settings, self.controller = settings, controller
         self.engine, self.workflow, self.rewards = engine, workflow, rewards
         self.worker: RolloutWorker | None = None

@@ -87,10 +87,12 @@ def start_channel(world_size: int) -> Any:
     import ray
     from ray import cloudpickle
 
+    from rl_lightning.strategies.cluster import beside_me
+
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)
     try:
-        actor: Any = ray.remote(RunChannel).options(num_cpus=0, max_concurrency=1000)
+        actor: Any = ray.remote(RunChannel).options(max_concurrency=1000, **beside_me())
         return actor.remote(world_size)
     finally:
         cloudpickle.unregister_pickle_by_value(here)

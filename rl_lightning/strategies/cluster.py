@@ -114,6 +114,18 @@ def describe() -> str:
     )
 
 
+def beside_me() -> dict[str, Any]:
+    """Options of an actor that is on this process's node, or elsewhere once that is gone: a run depends on no further node.
+
+    Ray puts an actor that asks for nothing anywhere, whatever its strategy says; hence a little memory.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return {"num_cpus": 0, "memory": 2**20, "scheduling_strategy": here}
+
+
 def _start(options: Mapping[str, Any], check: Callable[[], None] | None) -> str:
     """Starts a cluster in a session of its own, see head.py; gives its address."""
     global _head
@@ -188,9 +200,11 @@ def _probe(address: str) -> None:
 
 
 def _offer_token() -> None:
-    """Sends this machine's token, if it has one: a cluster without authentication ignores it.
+    """Sends this machine's token, if it has one, unless RAY_AUTH_MODE says otherwise.
 
-    With an explicit address Ray does not do so by itself, and is then refused by every cluster that asks for one.
+    With an explicit address Ray does not do so by itself, and is then refused by every cluster that asks for one.  A cluster
+    that was started with RAY_AUTH_MODE=disabled takes the token but cannot call this process back, and ends its actors as
+    if nobody wanted them: the driver then needs that variable too.
     """
     try:
         setup = importlib.import_module("ray._private.authentication.authentication_token_setup")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rl_lightning.strategies.cluster import describe, started_here
+from rl_lightning.strategies.cluster import describe
+from rl_lightning.strategies.demand import Demand
 from rl_lightning.strategies.environment import Rank
 from rl_lightning.strategies.failures import RayWorkerError
 from rl_lightning.strategies.worker import Place, TrainWorker
@@ -46,19 +47,26 @@ class GroupSettings:
         """Resources of one worker."""
         return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
 
+    @property
+    def demand(self) -> Demand:
+        """What all workers together ask of the cluster."""
+        return Demand("trainer rank", self.num_workers, self.bundle, "num_workers, num_cpus_per_worker, num_gpus_per_worker")
+
     def __str__(self) -> str:
         each = " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in self.bundle.items())
         return f"{self.num_workers} training worker{'s' * (self.num_workers != 1)} with {each} each"
 
 
 class WorkerGroup:
-    """Starts on construction and is up when the constructor returns; `stop` ends it, at once and always.
+    """Has its places on the cluster when the constructor returns; `start` fills them, `stop` ends it, at once and always.
 
     Args:
         settings: its size.
         check: called again and again while waiting; may raise to give up.
+        reserved: the places of an earlier attempt of the same size, None for new ones.
 
     Attributes:
+        bundles: the placement group. It outlives `stop`, so that nothing else takes the places between two attempts.
         workers: actor handles by rank.
         places: where they are, by rank. Ranks of one node follow each other, and the driver's node comes first.
 
@@ -66,37 +74,21 @@ class WorkerGroup:
         RayWorkerError: not all workers were up in time, or one failed to start; says what the cluster has.
     """
 
-    def __init__(self, settings: GroupSettings, check: Callable[[], None]) -> None:
+    def __init__(self, settings: GroupSettings, check: Callable[[], None], reserved: PlacementGroup | None = None) -> None:
         self._settings, self._check = settings, check
         self._began_at = self._told_at = time.monotonic()
         self.workers: list[Any] = []
         self.places: list[Place] = []
-        self._bundles = placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
+        self.bundles = reserved or placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
         try:
             self._await_bundles()
-            self._start()
         except BaseException:
-            self.stop()
+            remove_placement_group(self.bundles)
             raise
 
-    def ranks(self, store_timeout_s: float) -> list[Rank]:
-        """The ranks, once rank 0 has opened the store that they meet at."""
-        port = ray.get(self.workers[0].open_store.remote(len(self.workers), store_timeout_s), timeout=60)
-        return number(self.places, port)
-
-    def stop(self) -> None:
-        """Kills the actors, and with them the actors that they own. Idempotent."""
-        for worker in self.workers:
-            ray.kill(worker)
-        self.workers = []
-        remove_placement_group(self._bundles)
-
-    def _await_bundles(self) -> None:
-        while not self._bundles.wait(POLL_S):
-            self._wait_on("to be placed", self._settings.num_workers)
-
-    def _start(self) -> None:
-        strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_capture_child_tasks=False)
+    def start(self) -> None:
+        """Starts the actors; returns when all are up."""
+        strategy = PlacementGroupSchedulingStrategy(self.bundles, placement_group_capture_child_tasks=False)
         actor = ray.remote(TrainWorker).options(
             num_cpus=self._settings.num_cpus,
             num_gpus=self._settings.num_gpus,
@@ -114,20 +106,29 @@ class WorkerGroup:
         order = in_order(places, ray.get_runtime_context().get_node_id())
         self.workers, self.places = [self.workers[i] for i in order], [places[i] for i in order]
 
+    def ranks(self, store_timeout_s: float) -> list[Rank]:
+        """The ranks, once rank 0 has opened the store that they meet at."""
+        port = ray.get(self.workers[0].open_store.remote(len(self.workers), store_timeout_s), timeout=60)
+        return number(self.places, port)
+
+    def stop(self) -> None:
+        """Kills the actors, and with them the actors that they own. Idempotent."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def _await_bundles(self) -> None:
+        while not self.bundles.wait(POLL_S):
+            self._wait_on("to be placed", self._settings.num_workers)
+
     def _wait_on(self, what: str, missing: int) -> None:
         self._check()
         now = time.monotonic()
-        if now - self._began_at > self._settings.start_timeout_s or (what == "to be placed" and not self._could_fit()):
+        if now - self._began_at > self._settings.start_timeout_s:
             raise RayWorkerError(self._complaint(what, missing))
         if now - self._told_at > PROGRESS_S:
             self._told_at = now
             logger.info("waiting for %d of %s %s; cluster %s", missing, self._settings, what, describe())
-
-    def _could_fit(self) -> bool:
-        """False only where the cluster is too small and will not grow."""
-        total = ray.cluster_resources()
-        wanted = {name: amount * self._settings.num_workers for name, amount in self._settings.bundle.items()}
-        return not started_here() or all(total.get(name, 0) >= amount for name, amount in wanted.items())
 
     def _complaint(self, what: str, missing: int) -> str:
         free, waited_s = ray.available_resources(), time.monotonic() - self._began_at

@@ -65,6 +65,7 @@ class Job:
         log_levels: the driver's, see `log_levels`.
         warning_filters: the driver's `warnings.filters`.
         torch: see `TorchSettings`.
+        shared: for the data module, see `Companion`.
     """
 
     blob: bytes
@@ -74,6 +75,7 @@ class Job:
     log_levels: Mapping[str, int]
     warning_filters: Sequence[WarningFilter]
     torch: TorchSettings
+    shared: Any = None
 
     def prepare_process(self) -> None:
         """Makes the worker's process like the driver's."""

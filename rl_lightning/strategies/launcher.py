@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from ray.util.placement_group import remove_placement_group
 
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
+from rl_lightning.strategies.companion import Companion, find_companion
+from rl_lightning.strategies.demand import await_resources
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
@@ -20,10 +24,9 @@ from rl_lightning.strategies.stopping import StopSignals
 from rl_lightning.strategies.watch import Patience, Watch
 
 if TYPE_CHECKING:
-    from rl_lightning.strategies.ray import RayStrategy
+    from rl_lightning.strategies.ranks import RayRanks
 
 logger = logging.getLogger(__name__)
-
 
 
 class RayLauncher(_Launcher):
@@ -33,7 +36,7 @@ class RayLauncher(_Launcher):
         strategy: whose options it follows.
     """
 
-    def __init__(self, strategy: RayStrategy) -> None:
+    def __init__(self, strategy: RayRanks) -> None:
         self._strategy = strategy
 
     @property
@@ -82,15 +85,40 @@ class RayLauncher(_Launcher):
             self._strategy.start_timeout_s,
         )
         logger.info("starting %s", settings)
+        companion = find_companion((*args, *kwargs.values()))
+        demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
+        await_resources(demands, settings.start_timeout_s, signals.check)
+        try:
+            result = self._train(settings, job, signals, lambda: companion and companion.start_on_driver(trainer))
+        except BaseException as error:
+            self._release(companion, error)
+            raise
+        self._release(companion, signals.exception() if result is None else None)
+        return result
+
+    def _train(
+        self, settings: GroupSettings, job: Job, signals: StopSignals, start_companion: Callable[[], Any]
+    ) -> RunResult | None:
         channel = start_channel(settings.num_workers)
         try:
-            group = WorkerGroup(settings, signals.check)
+            reserved, self._strategy.reserved = self._strategy.reserved, None
+            group = WorkerGroup(settings, signals.check, reserved)
+            self._strategy.reserved = group.bundles
             try:
-                return self._watch(group, channel, job, signals)
+                shared = start_companion()
+                group.start()
+                return self._watch(group, channel, replace(job, shared=shared), signals)
             finally:
                 group.stop()
         finally:
             ray.kill(channel)
+
+    def _release(self, companion: Companion | None, error: BaseException | None) -> None:
+        """Gives the places of the ranks back, unless the companion waits for another attempt."""
+        kept = companion is not None and companion.end_on_driver(error)
+        if self._strategy.reserved is not None and not kept:
+            remove_placement_group(self._strategy.reserved)
+            self._strategy.reserved = None
 
     def _watch(self, group: WorkerGroup, channel: Any, job: Job, signals: StopSignals) -> RunResult | None:
         ranks = group.ranks(self._strategy.collective_timeout_s)

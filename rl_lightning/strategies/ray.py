@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
-from rl_lightning.strategies.environment import Rank, RayEnvironment, become_rank
-from rl_lightning.strategies.progress import replace_bars
-
-if TYPE_CHECKING:
-    from rl_lightning.strategies.channel import EventSender
-    from rl_lightning.strategies.stopping import StopGate
+from rl_lightning.strategies.ranks import RayRanks
 
 
-class RayStrategy(DDPStrategy):
+class RayStrategy(RayRanks, DDPStrategy):
     """Runs `fit`, `validate`, `test` and `predict` in Ray actors, one per rank, over gloo (CPU) or NCCL (GPU).
 
     The driver joins or starts a Ray cluster, shows the progress and the log of rank 0, and gets results, metrics, callback
@@ -33,8 +22,9 @@ class RayStrategy(DDPStrategy):
         num_workers: ranks; None is what the trainer's `devices` and `num_nodes` say.
         num_cpus_per_worker: Ray CPUs that each worker takes, above 0.
         num_gpus_per_worker: Ray GPUs that each takes; None is 1 if the trainer's accelerator is CUDA, else 0.
-        ray_init: arguments of `ray.init`, `address` among them: `local` starts a cluster on this machine, `auto` or
-            `host:port` joins one; by default one that runs is joined and else one is started.
+        address: `local` starts a Ray cluster on this machine, `auto` joins the one that runs on it, `host:port` that one;
+            null is the environment variable RAY_ADDRESS, else a cluster that runs here is joined or one is started.
+        ray_init: other arguments of `ray.init`.
         env_vars: environment variables of the workers.
         start_timeout_s: longest time until all workers are up.
         stop_timeout_s: longest time between a signal and the end of the workers.
@@ -55,6 +45,7 @@ class RayStrategy(DDPStrategy):
         num_workers: int | None = None,
         num_cpus_per_worker: float = 1.0,
         num_gpus_per_worker: float | None = None,
+        address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
         start_timeout_s: float = 300.0,
@@ -64,144 +55,26 @@ class RayStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("num_workers", num_workers), ("num_cpus_per_worker", num_cpus_per_worker)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} of RayStrategy must be above 0")
-        super().__init__(
-            cluster_environment=RayEnvironment(),
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=collective_timeout_s),
-            **kwargs,
+        super().__init__(process_group_backend=process_group_backend, timeout=timedelta(seconds=collective_timeout_s), **kwargs)
+        self.configure_ranks(
+            num_workers=num_workers,
+            num_cpus_per_worker=num_cpus_per_worker,
+            num_gpus_per_worker=num_gpus_per_worker,
+            address=address,
+            ray_init=ray_init,
+            env_vars=env_vars,
+            start_timeout_s=start_timeout_s,
+            stop_timeout_s=stop_timeout_s,
+            collective_timeout_s=collective_timeout_s,
+            return_weights=return_weights,
         )
-        self.num_workers = num_workers
-        self.num_cpus_per_worker, self.num_gpus_per_worker = num_cpus_per_worker, num_gpus_per_worker
-        self.ray_init: Mapping[str, Any] = dict(ray_init or {})
-        self.env_vars: Mapping[str, str] = dict(env_vars or {})
-        self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
-        self.collective_timeout_s = collective_timeout_s
-        self.return_weights = return_weights
-        self._rank: Rank | None = None
-        self._store: torch.distributed.Store | None = None
-        self._sender: EventSender | None = None
-        self._gate: StopGate | None = None
-        self._aside: tuple[list[Callback], list[Callback]] | None = None
-
-    # -- driver and workers
-
-    @property
-    def num_processes(self) -> int:
-        """Number of ranks."""
-        if self._rank is not None:
-            return self._rank.world_size
-        return self.num_workers or len(self.parallel_devices or [None]) * self.num_nodes
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.num_processes
-
-    @property
-    def gpus_per_worker(self) -> float:
-        """Ray GPUs of each worker."""
-        if self.num_gpus_per_worker is not None:
-            return self.num_gpus_per_worker
-        return 1.0 if isinstance(self.accelerator, CUDAAccelerator) else 0.0
-
-    @property
-    def root_device(self) -> torch.device:
-        """The worker's device: Ray shows each worker its own GPU only. On the driver always the CPU."""
-        return torch.device("cuda", 0) if self._rank is not None and self.gpus_per_worker else torch.device("cpu")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How data is shared out."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
-    def set_world_ranks(self) -> None:
-        """Ranks are the launcher's business."""
-        become_rank(self.global_rank)
-
-    # -- driver
-
-    def _configure_launcher(self) -> None:
-        from rl_lightning.strategies.launcher import RayLauncher
-
-        self._launcher = RayLauncher(self)
-
-    def set_callbacks_aside(self, trainer: Trainer) -> None:
-        """Keeps the driver's callbacks from `on_exception`: they have had it in the workers, and here they would save nothing."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._aside = callbacks, list(callbacks)
-        callbacks.clear()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Lightning calls this right after the callbacks' `on_exception`."""
-        if self._aside is not None:
-            emptied, callbacks = self._aside
-            emptied[:], self._aside = callbacks, None
-        super().on_exception(exception)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The launcher stays on the driver; in a worker, `trainer.validate()` runs in place."""
-        return {**self.__dict__, "_launcher": None}
-
-    # -- workers
-
-    def enter_worker(
-        self, rank: Rank, store: torch.distributed.Store | None, sender: EventSender, gate: StopGate
-    ) -> None:
-        """Makes this copy the strategy of one rank.
-
-        Args:
-            rank: which one.
-            store: of the process group, if this rank holds it.
-            sender: carries events to the driver.
-            gate: stops training when the driver asks for it.
-        """
-        self._rank, self._store, self._sender, self._gate = rank, store, sender, gate
-        self.cluster_environment = RayEnvironment(rank)
-        self.parallel_devices = [self.root_device]
-        if self.root_device.type == "cuda" and isinstance(self.accelerator, CPUAccelerator):
-            self._adopt_gpu()
-
-    def setup_environment(self) -> None:
-        """Joins the process group."""
-        assert self._sender is not None and self._gate is not None and self.lightning_module is not None
-        trainer: Trainer = self.lightning_module.trainer
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if self._gate not in callbacks:
-            replace_bars(trainer, self._sender)
-            callbacks.insert(0, self._gate)
-        super().setup_environment()
-
-    def setup_distributed(self) -> None:
-        """Initialises torch.distributed over the store that rank 0 has held open since before it was known to the others."""
-        assert self._rank is not None
-        reset_seed()
-        self.set_world_ranks()
-        self._process_group_backend = self._get_process_group_backend()
-        if torch.distributed.is_initialized():
-            return
-        timeout = timedelta(seconds=self.collective_timeout_s)
-        store = self._store or torch.distributed.TCPStore(
-            self._rank.address, self._rank.port, self._rank.world_size, is_master=False, timeout=timeout
-        )
-        torch.distributed.init_process_group(
-            self._process_group_backend,
-            store=store,
-            rank=self._rank.index,
-            world_size=self._rank.world_size,
-            timeout=timeout,
-            device_id=self.root_device if self.root_device.type == "cuda" else None,
-        )
-
     def configure_ddp(self) -> None:
         """A single rank needs no gradient buckets."""
         if self.world_size > 1:
             super().configure_ddp()
-
-    def _adopt_gpu(self) -> None:
-        """The driver had no GPU, so Lightning chose for the CPU."""
-        self.accelerator = CUDAAccelerator()
-        if isinstance(self.precision_plugin, MixedPrecision):
-            self.precision_plugin.device = "cuda"

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 
 from rl_lightning.strategies.channel import CALL_TIMEOUT_S, EventSender, forward_logging
+from rl_lightning.strategies.companion import find_companion
 from rl_lightning.strategies.environment import Rank, become_rank
 from rl_lightning.strategies.failures import WorkerFailure
 from rl_lightning.strategies.job import Job
@@ -20,7 +21,7 @@ from rl_lightning.strategies.result import RunResult, collect
 from rl_lightning.strategies.stopping import AGREEMENT_TIMEOUT_S, StopGate
 
 if TYPE_CHECKING:
-    from rl_lightning.strategies.ray import RayStrategy
+    from rl_lightning.strategies.ranks import RayRanks
 
 STOP_POLL_S = 60.0
 
@@ -74,9 +75,12 @@ class TrainWorker:
         from ray import cloudpickle
 
         trainer, function, args, kwargs = cloudpickle.loads(job.blob)
+        companion = find_companion((*args, *kwargs.values()))
+        if companion is not None:
+            companion.join(job.shared)
         gate = StopGate(agreement(channel, rank.index))
         gate.install(trainer)
-        strategy: RayStrategy = trainer.strategy
+        strategy: RayRanks = trainer.strategy
         strategy.enter_worker(rank, self._store, sender, gate)
         threading.Thread(target=_await_stop, args=(channel, gate), name="stop", daemon=True).start()
         try:
@@ -109,9 +113,7 @@ def agreement(channel: Any, rank: int) -> Callable[[int], int | None]:
 
 def _announce_rank(rank: Rank) -> None:
     """Before anything is unpickled: code may ask for its rank at import."""
-    os.environ.update(
-        RANK=str(rank.index), LOCAL_RANK=str(rank.local), NODE_RANK=str(rank.node), WORLD_SIZE=str(rank.world_size)
-    )
+    os.environ.update(RANK=str(rank.index), LOCAL_RANK=str(rank.local), NODE_RANK=str(rank.node), WORLD_SIZE=str(rank.world_size))
     become_rank(rank.index)
 
 

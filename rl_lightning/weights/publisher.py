@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.models.lora import merged_weights
-from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.source import GatheredWeights, NamedWeights, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,17 @@ TARGET_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
+GATHER, ENOUGH = "gather", "enough"
+"""What rank 0 tells the others where the model is in pieces."""
+
 
 class WeightPublisher(Callback):
     """Makes version v live everywhere: stage, hand to every engine, send, collect the proofs, tell the controller.
 
-    Runs on trainer rank 0 at the start, after every step, before a stand-alone validation, and, for engines that were
-    restarted, while the trainer waits for a batch.  An engine that fails or does not answer in time is left to its
-    worker, which restarts it; it gets no prompts until it has proved the current weights.  An engine whose weights
-    differ from the trainer's stops the run.
+    Runs at the start, after every step, before a stand-alone validation, and, for engines that were restarted, while the
+    trainer waits for a batch: on trainer rank 0, and where each rank holds a piece of the model on all.  An engine that
+    fails or does not answer in time is left to its worker, which restarts it; it gets no prompts until it has proved the
+    current weights.  An engine whose weights differ from the trainer's stops the run.
     """
 
     def __init__(self) -> None:
@@ -68,49 +71,63 @@ class WeightPublisher(Callback):
     # -- inside
 
     def _publish_if_new(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
-        """(longest time that an engine stood still, whole duration) in seconds; zeros on other ranks."""
+        """(longest time that an engine stood still, whole duration) in seconds; zeros on ranks that do not send."""
         data: RolloutDataModule | None = getattr(trainer, "datamodule", None)
-        if not trainer.is_global_zero or getattr(data, "fleet", None) is None or self._version == trainer.global_step:
+        is_needed = trainer.is_global_zero or in_pieces(pl_module)
+        if not is_needed or getattr(data, "fleet", None) is None or self._version == trainer.global_step:
             return 0.0, 0.0
         assert data is not None and data.fleet is not None
-        started = time.monotonic()
-        if self._version is None:
-            data.resync = lambda workers: self._resync(trainer, pl_module, data, workers)
-            workers = data.fleet.wait_for_workers()
-        else:
-            workers = data.fleet.call("workers")
-        stopped_s = self._deliver(trainer.global_step, pl_module, data, workers)
+        started, is_first = time.monotonic(), self._version is None
         self._version = trainer.global_step
-        return stopped_s, time.monotonic() - started
+        if is_first:
+            data.resync = lambda workers: self._resync(trainer, pl_module, data, workers)
+        if not trainer.is_global_zero:
+            gather_along(trainer, pl_module)
+            return 0.0, 0.0
+        workers = data.fleet.wait_for_workers() if is_first else data.fleet.call("workers")
+        return self._deliver(trainer, pl_module, data, workers), time.monotonic() - started
 
     def _resync(
         self, trainer: Trainer, pl_module: LightningModule, data: RolloutDataModule, workers: Sequence[tuple[str, Any]]
     ) -> None:
-        logger.info("sending version %d again to %s", trainer.global_step, ", ".join(name for name, _ in workers))
-        self._deliver(trainer.global_step, pl_module, data, workers)
+        if trainer.is_global_zero:
+            logger.info("sending version %d again to %s", trainer.global_step, ", ".join(name for name, _ in workers))
+            self._deliver(trainer, pl_module, data, workers)
+        elif in_pieces(pl_module):
+            gather_along(trainer, pl_module)
 
     def _deliver(
-        self, version: int, pl_module: LightningModule, data: RolloutDataModule, workers: Sequence[tuple[str, Any]]
+        self, trainer: Trainer, pl_module: LightningModule, data: RolloutDataModule, workers: Sequence[tuple[str, Any]]
     ) -> float:
+        """Sends the present version; the longest time that an engine stood still, in seconds."""
         assert data.fleet is not None
         if self._transport is None:
             self._transport = make_transport(data.transport_name)
-        workers, targets = targets_of(workers)
-        updates = self._transport.stage(version, NamedWeights(named_weights(pl_module)), targets) if workers else []
-        acks = {
-            handle.update_weights.remote(update, data.sync_timeout_s): name
-            for (name, handle), update in zip(workers, updates, strict=True)
-        }
+        version, (workers, targets) = trainer.global_step, targets_of(workers)
         try:
-            if acks:
-                self._transport.send(data.sync_timeout_s, lambda: refusal(acks))
-        except TimeoutError as error:
-            logger.warning("version %d was not taken by every engine: %s", version, error)
+            updates = self._transport.stage(version, weights_of(trainer, pl_module), targets) if workers else []
+            acks = {
+                handle.update_weights.remote(update, data.sync_timeout_s): name
+                for (name, handle), update in zip(workers, updates, strict=True)
+            }
+            self._send(version, acks, data.sync_timeout_s)
+        finally:
+            if in_pieces(pl_module):
+                trainer.strategy.broadcast(ENOUGH)
         stopped_s = self._collect(version, acks, data.sync_timeout_s)
         if self._transport is not None:
             self._transport.release()
         data.fleet.call("publish", version, list(stopped_s))
         return max(stopped_s.values(), default=0.0)
+
+    def _send(self, version: int, acks: dict[Any, str], timeout_s: float) -> None:
+        if not acks:
+            return
+        assert self._transport is not None
+        try:
+            self._transport.send(timeout_s, lambda: refusal(acks))
+        except TimeoutError as error:
+            logger.warning("version %d was not taken by every engine: %s", version, error)
 
     def _collect(self, version: int, acks: dict[Any, str], timeout_s: float) -> dict[str, float]:
         """Seconds of stopped generation for every engine that proved its weights."""
@@ -174,6 +191,26 @@ def reason(error: Exception) -> str:
 def named_weights(pl_module: Any) -> Iterable[tuple[str, torch.Tensor]]:
     """(Hugging Face name, tensor) of every weight that generates, shared ones once, adapters merged."""
     return merged_weights(pl_module.model)
+
+
+def in_pieces(pl_module: Any) -> bool:
+    """Whether the model is cut over the trainer's ranks, so that all of them take part in sending it."""
+    return getattr(pl_module, "sharding", None) is not None
+
+
+def weights_of(trainer: Trainer, pl_module: LightningModule) -> WeightSource:
+    """What rank 0 sends; where the model is in pieces, the other ranks are in `gather_along` meanwhile."""
+    named = named_weights(pl_module)
+    if not in_pieces(pl_module):
+        return NamedWeights(named)
+    return GatheredWeights(named, pl_module.device, lambda: trainer.strategy.broadcast(GATHER))
+
+
+def gather_along(trainer: Trainer, pl_module: LightningModule) -> None:
+    """On every rank but 0: gathers as often as rank 0 does, until it has enough."""
+    while trainer.strategy.broadcast(ENOUGH) == GATHER:
+        for _ in GatheredWeights(named_weights(pl_module), pl_module.device, lambda: None):
+            pass
 
 
 def make_transport(name: str) -> WeightTransport:

@@ -7,12 +7,14 @@ description, while the transport sends those before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from rl_lightning.models.sharding import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,28 @@ class NamedWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """See `WeightSource.__iter__`."""
         return iter(self._named)
+
+
+class GatheredWeights:
+    """A WeightSource of a model that is cut over ranks. Iterating is a collective of all ranks.
+
+    Args:
+        named: (name, tensor) in the order to be sent; pieces are put together one after the other.
+        device: where whole tensors are wanted.
+        begin: called before the first gather; has the other ranks begin too.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], device: torch.device, begin: Callable[[], object]) -> None:
+        self._named, self._device, self._begin = list(named), device, begin
+
+    def specs(self) -> list[WeightSpec]:
+        """See `WeightSource.specs`."""
+        return [WeightSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._named]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource.__iter__`."""
+        self._begin()
+        return ((name, whole(tensor).to(self._device)) for name, tensor in self._named)
 
 
 class CastWeights:

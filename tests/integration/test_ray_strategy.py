@@ -184,7 +184,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end(ray_cluster: str, tmp_path
 
 def test_too_few_cpus_are_explained_at_once(ray_cluster: str, tmp_path: Path) -> None:
     greedy = trainer(tmp_path, strategy=RayStrategy(num_workers=2, num_cpus_per_worker=6))
-    with pytest.raises(RayWorkerError, match=r"2 training workers with 6 CPUs each .* 8 CPUs.*num_cpus_per_worker"):
+    with pytest.raises(ValueError, match=r"12 CPUs \(12 for 2 trainer ranks\): the cluster has 8 CPUs on 1 node.*num_workers"):
         greedy.fit(regression())
 
 

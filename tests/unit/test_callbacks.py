@@ -185,7 +185,7 @@ def test_one_line_per_answer(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "rank0.jsonl").read_text().splitlines()]
     assert [(r["step"], r["index"], r["sample"]) for r in lines] == [(s + 1, s % 2, i) for s in range(4) for i in range(2)]
     assert lines[3] == {
-        "step": 2, "index": 1, "query_id": "q1", "task": "math", "sample": 1, "prompt": "1+2=", "answer": "5",
+        "step": 2, "index": 1, "query_id": "q1", "task": "math", "sample": 1, "prompt": "1+2=", "answer": "5", "worker": "",
         "reward": -1.0, "reward_parts": {"exact": -1.0}, "reward_failure": None,
         "head_version": 1, "tail_version": 2, "n_tokens": 3, "truncated": False,
     }  # fmt: skip

@@ -4,7 +4,15 @@ import pytest
 
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, GroupRecord, RolloutController, RolloutError, Share, Waiting
+from rl_lightning.rollout.controller import (
+    ControllerSettings,
+    GroupRecord,
+    RolloutController,
+    RolloutError,
+    Share,
+    StepLostError,
+    Waiting,
+)
 from rl_lightning.testing import FakeClock, FakePrompts
 from rl_lightning.types import SamplingParams
 
@@ -203,5 +211,61 @@ def test_state_goes_on_where_it_stood():
         await resumed.load_state_dict(await controller.state_dict(1))
         await ready(resumed, "a", version=1)
         assert [x.index for x in await resumed.lease("a", 9)] == [2, 3, 4, 5]
+
+    run(scenario())
+
+
+def test_groups_that_were_lost_with_their_node_are_answered_again_for_the_same_step():
+    async def scenario():
+        controller = make_controller(batch=3, eta=0)
+        await ready(controller, "a")
+        await put_all(controller, "a", await controller.lease("a", 9))
+        assert (await controller.take(0)).contents == (0, 1, 2)
+        await controller.lost(0, 0, [1])
+        assert isinstance(await controller.take(0, wait_s=AT_ONCE), Waiting)
+        (again,) = await controller.lease("a", 9)
+        assert again.index == 1
+        await controller.put("a", again, DONE, "again")
+        assert (await controller.take(0)).contents == (0, 2, "again")
+        with pytest.raises(StepLostError, match="batch of step 2 was lost"):
+            await controller.lost(1, 0, [0])
+
+    run(scenario())
+
+
+def test_a_new_trainer_begins_anew_and_what_the_old_one_asked_for_is_void():
+    async def scenario():
+        controller = make_controller(eta=1)
+        await ready(controller, "a")
+        old = await controller.lease("a", 9)
+        waiting = asyncio.create_task(controller.lease("a", 9))
+        await asyncio.sleep(0)
+        await controller.begin()
+        assert await waiting == [], "the worker asks again at once"
+        assert await controller.heartbeat("a", "a-1", {}) is None, "it must register again"
+        assert not await controller.put("a", old[0], DONE, "late")
+        await ready(controller, "a")
+        new = await controller.lease("a", 9)
+        assert [x.index for x in new] == [x.index for x in old]
+        assert not {x.submission for x in new} & {x.submission for x in old}
+
+    run(scenario())
+
+
+def test_a_restarted_controller_goes_on_from_what_rank_0_got_with_its_share():
+    async def scenario():
+        controller = make_controller(eta=1)
+        await ready(controller, "a")
+        await put_all(controller, "a", (await controller.lease("a", 9))[:3])
+        assert (await controller.take(0, rank=1, world_size=2)).state is None
+        state = (await controller.take(0, rank=0, world_size=2)).state
+        restarted = make_controller(eta=1)
+        await restarted.begin(state, published=True)
+        await restarted.register("a", "a-1", None)
+        assert (await restarted.take(1, wait_s=AT_ONCE)).unsynced == (("a", None),), "it asks for the weights by itself"
+        with pytest.raises(StepLostError, match="batch of step 1 was lost"):
+            await restarted.take(0, rank=1, world_size=2)
+        await restarted.publish(1, ["a"])
+        assert [x.index for x in await restarted.lease("a", 9)] == [2, 3, 4, 5]
 
     run(scenario())

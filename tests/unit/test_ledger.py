@@ -109,18 +109,22 @@ def test_a_resumed_ledger_answers_open_groups_first_and_no_other_twice():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(1, 12), st.integers(0, 10**6))
 def test_staleness_never_exceeds_eta_and_every_group_is_trained_once(batch, eta, concurrent, seed):
-    """Random finishing orders, deaths, rejections and resumes: the bound holds exactly and waiting always ends."""
+    """Random finishing orders, deaths, losses, rejections and resumes: the bound holds exactly and waiting always ends."""
     rng, steps = random.Random(seed), 12
     ledger = make_ledger(batch, eta, concurrent, n_groups=steps * batch)
-    versions, trained, rejected = {}, [], []
+    versions, trained, rejected, held = {}, [], [], []
     while ledger.version < steps:
         for _ in range(ledger.capacity()):
             group = ledger.submit(f"w{rng.randrange(2)}", 0.0)
             versions[group.index] = group.version
-        if (got := ledger.take()) is not None:
+        if (got := ledger.take(batch - len(held))) is not None:
             assert all(0 <= ledger.version - versions[g.index] <= eta for g in got)
-            trained += [g.index for g in got]
-            ledger.advance(ledger.version + 1)
+            lost = [g.index for g in got if rng.random() < 0.05]
+            held += [g.index for g in got if g.index not in lost]
+            ledger.lose(lost)
+            if not lost:
+                trained, held = trained + held, []
+                ledger.advance(ledger.version + 1)
         elif ledger.running:
             index, fate = rng.choice(list(ledger.running)), rng.random()
             if fate < 0.05:
@@ -135,5 +139,6 @@ def test_staleness_never_exceeds_eta_and_every_group_is_trained_once(batch, eta,
         if rng.random() < 0.05:
             state, ledger = ledger.state_dict(ledger.version), make_ledger(batch, eta, concurrent, n_groups=steps * batch)
             ledger.load_state_dict(state)
+            held = []
     assert len(trained) == len(set(trained)) == steps * batch
     assert sorted(trained + rejected) == list(range(len(trained) + len(rejected))), "no prompt lost"

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from rl_lightning.strategies import RayStrategy, cluster
 from rl_lightning.strategies.channel import EventHandler, RunChannel
+from rl_lightning.strategies.demand import Demand, shortage
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
 from rl_lightning.strategies.group import in_order, number
 from rl_lightning.strategies.job import worker_environment
@@ -149,6 +150,27 @@ def test_a_cluster_that_went_away_is_not_joined(tmp_path: Path) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         (tmp_path / "ray_current_cluster").write_text(address)
         assert cluster._running_address(str(tmp_path)) == address
+
+
+# -- demand
+
+
+def ranks(count: int, **each: float) -> Demand:
+    return Demand("trainer rank", count, each, "num_workers")
+
+
+def test_what_is_missing_is_told_in_one_sentence() -> None:
+    demands = [Demand("engine", 4, {"CPU": 1, "GPU": 1}, "num_engines"), ranks(4, CPU=1, GPU=1)]
+    assert shortage(demands, [{"CPU": 32.0, "GPU": 4.0}]) == (
+        "the run needs 8 GPUs (4 for 4 engines, 4 for 4 trainer ranks): the cluster has 4 GPUs on 1 node"
+    )
+    assert shortage(demands, [{"CPU": 32.0, "GPU": 4.0}] * 2) is None
+
+
+def test_a_part_that_fits_on_no_single_node_is_missing_too() -> None:
+    problem = shortage([ranks(2, CPU=6)], [{"CPU": 4.0}, {"CPU": 10.0}])
+    assert problem is not None and "not 6 CPUs together on one node for each trainer rank" in problem
+    assert shortage([ranks(2, CPU=4), Demand("engine", 1, {"CPU": 6}, "")], [{"CPU": 4.0}, {"CPU": 10.0}]) is None
 
 
 # -- strategy

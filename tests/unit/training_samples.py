@@ -100,7 +100,8 @@ class Alone(AsyncPPOModule):
         return []
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.gradients = {name: p.grad.detach().clone() for name, p in self.model.named_parameters()}
+        kept = ((name, p.grad) for name, p in self.model.named_parameters())
+        self.gradients = {name: grad.detach().clone() for name, grad in kept if grad is not None}
 
 
 def make_trainer(**options: Any) -> pl.Trainer:

@@ -1,0 +1,37 @@
+"""Companion: what a run has beside its ranks, and what outlives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from rl_lightning.strategies.demand import Demand
+
+
+@runtime_checkable
+class Companion(Protocol):
+    """A data module with actors that belong to the driver, not to a rank: a rank that dies does not take them with it.
+
+    RayStrategy finds it among the arguments of `fit`, `validate`, `test` or `predict`.  `join` is called in every rank on its
+    copy, before the trainer does anything with it, the other methods on the driver.
+    """
+
+    def demand(self) -> Demand:
+        """What the actors ask of the cluster that the driver has joined."""
+
+    def start_on_driver(self, trainer: Trainer) -> Any:
+        """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them."""
+
+    def end_on_driver(self, error: BaseException | None) -> bool:
+        """The ranks have ended, all well or with `error`: ends the actors, or keeps them for the next attempt and says so."""
+
+    def join(self, shared: Any) -> None:
+        """Takes what `start_on_driver` returned."""
+
+
+def find_companion(values: Iterable[Any]) -> Companion | None:
+    """The first companion among `values`."""
+    return next((value for value in values if isinstance(value, Companion)), None)
