@@ -42,6 +42,8 @@ def apply_allocation(config: Any) -> None:
                 f"write sglang.d1p1m1+{mode}"
             )
         _apply_generation(data, allocation, mode)
+        if config.trainer.accelerator != "cpu":
+            _apply_engine_gpus(data, allocation, mode)
     _apply_training(config.trainer, allocation, mode)
 
 
@@ -50,13 +52,8 @@ def _apply_generation(data: Any, allocation: Allocation, mode: str) -> None:
     assert layout is not None
     data.num_engines = _agreed("data.num_engines", data.num_engines, layout.data, (1,), mode)
     gpus = layout.tensor * layout.pipeline
-    if gpus > 1:
-        data.gpus_per_engine = _agreed("data.gpus_per_engine", data.gpus_per_engine, gpus, (None,), mode)
-    if allocation.colocated:
-        share = _agreed("data.gpus_per_engine", data.gpus_per_engine, ENGINE_SHARE, (None,), mode)
-        data.gpus_per_engine = share
-        if layout.data > 1 and data.weight_transport == "auto":
-            data.weight_transport = "disk"  # each engine sees another GPU than the one that rank 0 has its weights on
+    if allocation.colocated and layout.data > 1 and data.weight_transport == "auto":
+        data.weight_transport = "disk"  # each engine sees another GPU than the one that rank 0 has its weights on
     if data.engine == "auto":
         data.engine = Namespace(class_path=TORCH if allocation.engine == "torch" else SGLANG, init_args=Namespace())
     if data.engine.class_path == SGLANG:
@@ -68,6 +65,15 @@ def _apply_generation(data: Any, allocation: Allocation, mode: str) -> None:
             f"run.allocation_mode={mode} wants engines of {gpus} GPUs, which only SGLangEngine spans, but data.engine is "
             f"{data.engine.class_path}: write d{layout.size}p1m1, or data.engine: {SGLANG}"
         )
+
+
+def _apply_engine_gpus(data: Any, allocation: Allocation, mode: str) -> None:
+    """What Ray is asked for; an engine of one GPU is what the data module asks for by itself."""
+    layout = allocation.generation
+    assert layout is not None
+    needed = ENGINE_SHARE if allocation.colocated else layout.tensor * layout.pipeline
+    if needed != 1:
+        data.gpus_per_engine = _agreed("data.gpus_per_engine", data.gpus_per_engine, needed, (None,), mode)
 
 
 def _apply_server_sizes(init: Any, tensor: int, pipeline: int, mode: str) -> None:
@@ -99,7 +105,7 @@ def _apply_training(trainer: Any, allocation: Allocation, mode: str) -> None:
         return
     init = strategy.init_args
     init.num_workers = _agreed(f"num_workers of {name}", init.get("num_workers"), layout.size, (None,), mode)
-    if allocation.colocated:
+    if allocation.colocated and trainer.accelerator != "cpu":
         given = init.get("num_gpus_per_worker")
         init.num_gpus_per_worker = _agreed(f"num_gpus_per_worker of {name}", given, TRAINER_SHARE, (None,), mode)
     if name == "RayModelParallelStrategy":

@@ -19,13 +19,13 @@ class Segment:
     """What an engine returned for one stretch of an answer, all of it under one version.
 
     Attributes:
-        token_ids: tokens, ending with the one that stopped it.
-        logprobs: one each.
+        token_ids: (n,) int32, ending with the one that stopped it.
+        logprobs: (n,) float32, one each.
         reason: why the stretch ended; `interrupt` where the engine was told to end it.
     """
 
-    token_ids: Sequence[int]
-    logprobs: Sequence[float]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
     reason: Literal["stop", "length", "interrupt"]
 
 
@@ -44,19 +44,19 @@ class Answer:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._decode = decode
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
+        self._segments: list[Segment] = []
         self._versions: list[int] = []
+        self._length = 0
         self._stop_pending = False
 
     @property
-    def context(self) -> list[int]:
-        """The prompt and the tokens so far."""
-        return [*self.request.prompt_ids, *self._token_ids]
+    def context(self) -> np.ndarray:
+        """(m,) int32: the prompt and the tokens so far."""
+        return np.concatenate([np.asarray(self.request.prompt_ids, np.int32), *(s.token_ids for s in self._segments)])
 
     def next_limits(self, chunk: int | None = None) -> tuple[int, int]:
         """(most, fewest) new tokens of the next segment, which is to be at most `chunk` long."""
-        params, done = self.request.params, len(self._token_ids)
+        params, done = self.request.params, self._length
         most = params.max_new_tokens - done
         if self._stop_pending:
             most = 1
@@ -66,11 +66,11 @@ class Answer:
 
     def add(self, segment: Segment, version: int, asked: int) -> None:
         """Appends `segment`, sampled by `version` with a limit of `asked` tokens, and decides whether the answer is finished."""
-        resumed = bool(self._token_ids)
-        self._token_ids += segment.token_ids
-        self._logprobs += segment.logprobs
-        self._versions += [version] * len(segment.token_ids)
-        params, done = self.request.params, len(self._token_ids)
+        resumed = self._length > 0
+        self._segments.append(segment)
+        self._versions.append(version)
+        self._length += len(segment.token_ids)
+        params, done = self.request.params, self._length
         ended = segment.reason == "stop" or (resumed and self._ends_in_stop_text())
         if ended and done >= params.min_new_tokens:
             self.finish_reason = "stop"
@@ -87,9 +87,9 @@ class Answer:
         """All of it; only when finished."""
         assert self.finish_reason is not None
         return Completion(
-            token_ids=np.asarray(self._token_ids, dtype=np.int32),
-            logprobs=np.asarray(self._logprobs, dtype=np.float32),
-            versions=np.asarray(self._versions, dtype=np.int32),
+            token_ids=np.concatenate([segment.token_ids for segment in self._segments], dtype=np.int32),
+            logprobs=np.concatenate([segment.logprobs for segment in self._segments], dtype=np.float32),
+            versions=np.repeat(np.asarray(self._versions, np.int32), [len(segment.token_ids) for segment in self._segments]),
             finish_reason=self.finish_reason,
         )
 
@@ -97,7 +97,7 @@ class Answer:
         """Text of the last tokens, long enough for every stop text. A token is at least one byte."""
         longest = max(len(text.encode()) for text in self.request.params.stop)
         assert self._decode is not None, "stop texts need a decoder"
-        return self._decode(self._token_ids[-longest - 1 :])
+        return self._decode(self.context[len(self.request.prompt_ids) :][-longest - 1 :].tolist())
 
     def _ends_in_stop_text(self) -> bool:
         stop = self.request.params.stop
@@ -106,7 +106,7 @@ class Answer:
     def _may_be_inside_stop_text(self) -> bool:
         """Whether the text ends like the beginning of a stop text (or in the middle of a character)."""
         stop = self.request.params.stop
-        if not stop or not self._token_ids:
+        if not stop or not self._length:
             return False
         tail = self._tail()
         return tail.endswith("\ufffd") or any(tail.endswith(text[:n]) for text in stop for n in range(1, len(text)))

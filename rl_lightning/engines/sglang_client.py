@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
+import numpy as np
+import orjson
 
 from rl_lightning.engines.answer import Segment
 from rl_lightning.engines.engine import EngineError
@@ -17,6 +19,7 @@ from rl_lightning.engines.sglang_probe import SAMPLES
 from rl_lightning.types import SamplingParams
 from rl_lightning.weights.fingerprint import sampled_positions
 
+JSON = {"Content-Type": "application/json"}
 OK, BAD_REQUEST, NOT_FOUND = 200, 400, 404
 KEEP_ALIVE_S = 2.0  # below the server's own 5 s, so that no request is written to a connection that is being closed
 RETRY_S = (0.05, 0.2)
@@ -65,13 +68,14 @@ class SGLangClient:
         Raises:
             EngineError: no connection, a closed client, or a status that is not in `accept`.
         """
+        data = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         for pause_s in (*RETRY_S, None):
             if self._session.closed:
                 raise EngineError(f"SGLang at {self.url} was stopped before it answered {path}")
             try:
-                async with self._session.request(method, self.url + path, json=body) as answer:
-                    is_json = answer.content_type == "application/json"
-                    content = await answer.json() if is_json else await answer.text()
+                async with self._session.request(method, self.url + path, data=data, headers=JSON) as answer:
+                    is_json = answer.content_type == JSON["Content-Type"]
+                    content = orjson.loads(await answer.read()) if is_json else await answer.text()
                 break
             except (aiohttp.ClientError, ConnectionError) as error:
                 await asyncio.sleep(pause_s or 0.0)
@@ -91,7 +95,9 @@ class SGLangClient:
 
     # -- generation
 
-    async def generate(self, rid: str, input_ids: Sequence[int], params: SamplingParams, most: int, fewest: int) -> Segment:
+    async def generate(
+        self, rid: str, input_ids: Sequence[int] | np.ndarray, params: SamplingParams, most: int, fewest: int
+    ) -> Segment:
         """One segment of at most `most` and at least `fewest` tokens.
 
         Raises:
@@ -99,7 +105,7 @@ class SGLangClient:
         """
         body = {
             "rid": rid,
-            "input_ids": list(input_ids),
+            "input_ids": input_ids,
             "sampling_params": sampling_params(params, most, fewest),
             "return_logprob": True,
         }
@@ -208,11 +214,12 @@ def sampling_params(params: SamplingParams, most: int, fewest: int) -> dict[str,
 
 def read_segment(meta: Mapping[str, Any]) -> Segment:
     """Tokens and log-probabilities of a `/generate` answer."""
-    entries = meta.get("output_token_logprobs") or []
+    entries = meta.get("output_token_logprobs")
+    logprobs, token_ids, *_ = zip(*entries, strict=True) if entries else ((), ())
     reason = meta["finish_reason"]["type"]
     return Segment(
-        token_ids=[entry[1] for entry in entries],
-        logprobs=[entry[0] for entry in entries],
+        token_ids=np.array(token_ids, np.int32),
+        logprobs=np.array(logprobs, np.float32),
         reason="interrupt" if reason == "abort" else reason,
     )
 

@@ -289,20 +289,29 @@ def test_allocation_of_training_alone():
 
 
 def test_servers_of_several_gpus_follow_from_the_allocation():
-    engine = ["--data.engine=auto", "--trainer.devices=auto"]
-    data: Any = allocate("sglang.d2p2m2+d4p1m1", *engine, "--run.n_gpus_per_node=12", model=AUTO_ENGINE).datamodule
+    where = ["--run.n_gpus_per_node=12", "--trainer.strategy=ray", "--trainer.accelerator=auto"]
+    data: Any = allocate("sglang.d2p2m2+d4p1m1", *where, model=AUTO_ENGINE).datamodule
     assert (data.num_engines, data.gpus_per_engine, data.transport_name) == (2, 4, "disk")
     assert data.engine.server_args == {"tp_size": 2, "pp_size": 2}
 
 
 @pytest.mark.parametrize(("n", "transport"), [(1, "tensor"), (4, "disk")])
 def test_colocated_engines_and_ranks_share_each_gpu(n: int, transport: str):
-    cli = allocate(f"sglang.d{n}p1m1|d{n}p1m1", f"--run.n_gpus_per_node={n}", "--trainer.strategy=ray", model=AUTO_ENGINE)
+    where = [f"--run.n_gpus_per_node={n}", "--trainer.strategy=ray", "--trainer.accelerator=auto"]
+    cli = allocate(f"sglang.d{n}p1m1|d{n}p1m1", *where, model=AUTO_ENGINE)
     data: Any = cli.datamodule
     strategy: Any = cli.trainer.strategy
     assert data.engine.colocated and data.transport_name == transport
     assert (data.num_engines, strategy.num_workers) == (n, n)
     assert data.gpus_per_engine + strategy.num_gpus_per_worker == 1.0 and strategy.num_gpus_per_worker > 0.5
+
+
+def test_on_a_cpu_no_gpus_are_asked_for():
+    for mode in ("sglang.d1p1m2+d1p1m1", "sglang.d1p1m1|d1p1m1"):
+        gpus = f"--run.n_gpus_per_node={3 if '+' in mode else 1}"
+        cli = allocate(mode, gpus, "--trainer.strategy=ray", model=AUTO_ENGINE)
+        assert cli.datamodule.gpus_per_engine is None  # type: ignore[attr-defined]
+        assert cli.trainer.strategy.num_gpus_per_worker is None  # type: ignore[attr-defined]
 
 
 def test_the_engine_is_the_one_that_the_allocation_names():

@@ -7,6 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def make_answer(stop: tuple[str, ...] = (), least: int = 0, most: int = 10) -> A
 
 
 def segment(text: str, reason: str) -> Segment:
-    return Segment([ord(c) for c in text], [-1.0] * len(text), reason)  # type: ignore[arg-type]
+    return Segment(np.array([ord(c) for c in text], np.int32), np.full(len(text), -1, np.float32), reason)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 15), st.integers(0, 15))
@@ -58,7 +59,7 @@ def test_a_stop_before_the_minimum_does_not_end_the_answer() -> None:
     answer.add(segment("ab", "stop"), 0, 10)
     assert answer.finish_reason is None and answer.next_limits() == (8, 2)
     answer.add(segment("cd", "stop"), 0, 8)
-    assert answer.finish_reason == "stop" and answer.context == [1, 2, *map(ord, "abcd")]
+    assert answer.finish_reason == "stop" and answer.context.tolist() == [1, 2, *map(ord, "abcd")]
 
 
 def test_a_stop_text_across_segments_is_found_token_by_token() -> None:
@@ -182,7 +183,15 @@ def test_every_sampling_parameter_is_sent() -> None:
 
 
 def test_an_aborted_request_that_never_ran_is_an_empty_segment() -> None:
-    assert read_segment({"finish_reason": {"type": "abort"}}) == Segment([], [], "interrupt")
+    for entries in ({}, {"output_token_logprobs": []}):
+        segment = read_segment({"finish_reason": {"type": "abort"}, **entries})
+        assert (segment.token_ids.tolist(), segment.logprobs.tolist(), segment.reason) == ([], [], "interrupt")
+
+
+def test_tokens_and_their_logprobs_become_arrays() -> None:
+    segment = read_segment({"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None], [-1.5, 9, None]]})
+    assert segment.token_ids.dtype == np.int32 and segment.token_ids.tolist() == [7, 9]
+    assert segment.logprobs.dtype == np.float32 and segment.logprobs.tolist() == [-0.5, -1.5]
 
 
 def test_held_values_take_the_type_of_the_server() -> None:
