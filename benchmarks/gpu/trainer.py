@@ -10,6 +10,7 @@ the tokens run over the wall time of whole steps: micro-batches, forward and bac
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -312,6 +313,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.shapes):
+        gc.collect()  # the shape before, whose parts know each other
         rows += run(args, name, started + args.budget_s * (i + 1) / len(args.shapes))
         args.out.write_text(json.dumps({**describe(args), "rows": rows}, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(report(rows) + "\n")
