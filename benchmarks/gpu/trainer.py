@@ -68,6 +68,7 @@ class Step:
     profiled: bool = False
     seconds: float = 0.0
     peak_bytes: int = 0
+    retries: int = 0
     graphs: int = 0
     packing: float = 0.0
     profile: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class Measured(AsyncPPOModule):
             return
         self.max_tokens_per_mb = step.micro_tokens + 1
         set_variant(self, step.variant)
-        graphs, started = compiled_graphs(), synchronized(self.device, reset_peak=True)
+        graphs, retries, started = compiled_graphs(), allocation_retries(), synchronized(self.device, reset_peak=True)
         try:
             if step.profiled:
                 step.profile = profile_step(lambda: super(Measured, self).training_step(batch, batch_idx))
@@ -128,7 +129,7 @@ class Measured(AsyncPPOModule):
             return
         step.seconds = synchronized(self.device) - started
         step.packing = self.step_statistics.get("packing_efficiency", 0.0)
-        step.graphs = compiled_graphs() - graphs
+        step.graphs, step.retries = compiled_graphs() - graphs, allocation_retries() - retries
         if self.device.type == "cuda":
             step.peak_bytes, self.optimizer_bytes = (
                 torch.cuda.max_memory_allocated(),
@@ -150,6 +151,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Moments, and float32 copies of the weights where there are any."""
     moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     return moments + (sum(x.nbytes for x in optimizer.masters) if isinstance(optimizer, MasterWeights) else 0)
+
+
+def allocation_retries() -> int:
+    """How often PyTorch gave memory back to the GPU to find room; each time costs milliseconds."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if torch.cuda.is_available() else 0
 
 
 def synchronized(device: torch.device, *, reset_peak: bool = False) -> float:
@@ -243,6 +249,7 @@ def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> d
         "micro_tokens": steps[0].micro_tokens,
         "packing_efficiency": round(measured[-1].packing, 4),
         "graphs_warmup": sum(s.graphs for s in steps if s.warmup),
+        "allocation_retries": sum(s.retries for s in measured),
         "recompilations": sum(s.graphs for s in measured),
         **next(({"profile": s.profile} for s in steps if s.profile), {}),
     }
