@@ -31,7 +31,8 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu
 from circumstances import circumstances  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
-from step_profile import profile_step, profile_table  # noqa: E402
+from step_profile import profile_step  # noqa: E402
+from trainer_report import report, table  # noqa: E402
 
 from rl_lightning.models.checkpointing import Checkpointing, Level, activation_bytes, checkpoint_layers, plan_levels  # noqa: E402
 from rl_lightning.models.layers import compiled_graphs, decoder_layers  # noqa: E402
@@ -253,27 +254,6 @@ def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> d
         "recompilations": sum(s.graphs for s in measured),
         **next(({"profile": s.profile} for s in steps if s.profile), {}),
     }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line for each cell."""
-    lines = ["| shape | length | variant | tokens/s | MFU | peak GiB | of it optimiser | recompilations |", "|---" * 8 + "|"]
-    for row in rows:
-        cells = [row["shape"], row["case"], row["variant"]]
-        if "seconds" in row:
-            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]
-            cells += [f"{row['optimizer_gib']:.1f}", str(row["recompilations"])]
-        else:
-            cells += [row["failure"], "", "", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """The table, and where the time of the profiled steps went."""
-    profiled = [row for row in rows if "profile" in row]
-    parts = [f"## {row['shape']}, {row['case']}, {row['variant']}\n\n{profile_table(row['profile'])}" for row in profiled]
-    return "\n\n".join([table(rows), *parts])
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
