@@ -1,9 +1,10 @@
-"""The command line's own run on two GPUs, `sglang.d1p1m1+d1p1m1`, and what its TensorBoard files say of its twenty steps.
+"""The command line's own run on two GPUs, or on one, and what its TensorBoard files say of its twenty steps.
 
-    python benchmarks/gpu/gpu_20_steps.py
+    python benchmarks/gpu/gpu_20_steps.py                 # sglang.d1p1m1+d1p1m1
+    python benchmarks/gpu/gpu_20_steps.py --colocated     # sglang.d1p1m1|d1p1m1
 
-Prepares models/qwen3-0.6b-random if it is not there, runs `rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`, and
-writes table and JSON. The first steps, in which kernels compile and the pipeline fills, are shown and left out of the means.
+Prepares a model of random weights, runs `rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`, and writes table and JSON.
+The first steps, in which kernels compile and the pipeline fills, are shown and left out of the means.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ logger = logging.getLogger("gpu_20_steps")
 
 RECIPE = ROOT / "recipes" / "async_ppo_0.6b_gpu2.yaml"
 STEPS = 20
-TITLE = "Twenty steps through the command line on two GPUs"
-ABOUT = """`rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`: a Qwen3-0.6B shape of random weights, one GPU generates
-and one trains. {:.0f} s in all, the start of Ray, engine and trainer among them; it ended with status {}."""
+TITLE = "Twenty steps through the command line, {}"
+ABOUT = """`rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`: a Qwen3-0.6B shape of random weights, `{}`.
+{:.0f} s in all, the start of Ray, engine and trainer among them; it ended with status {}."""
 LEGEND = """The mean is of the steps from {} on. Times of the weights are those of the step itself; the first step has the
 engine's start in its time. Towards the end the engine has generated all that the run needs, and stands still."""
 STOP_S = 30.0
@@ -53,6 +54,9 @@ SCALARS = {
     "engine_logprob_diff": "engine - trainer (nats)",
     "throughput/mfu": "MFU",
 }
+MODES = {False: "sglang.d1p1m1+d1p1m1", True: "sglang.d1p1m1|d1p1m1"}
+"""By whether engine and trainer share one GPU."""
+
 ON_CPU = {
     "run.allocation_mode": "null",
     "trainer.accelerator": "cpu",
@@ -85,8 +89,9 @@ def main() -> None:
     }
     document |= {"seconds_in_all": round(seconds, 1), "mean_from_step": args.warmup + 1, "mean": means(steps[args.warmup :])}
     rows = table(steps, document["mean"])
-    about = ABOUT.format(document["seconds_in_all"], code)
-    write_results(args.out, {**document, "steps": steps}, TITLE, about, rows, LEGEND.format(args.warmup + 1))
+    title = TITLE.format("one GPU" if args.colocated else "two GPUs")
+    about = ABOUT.format(MODES[args.colocated], document["seconds_in_all"], code)
+    write_results(args.out, {**document, "steps": steps}, title, about, rows, LEGEND.format(args.warmup + 1))
     logger.info("%s", rows)
     if code or len(steps) != STEPS:
         raise SystemExit(f"{len(steps)} of {STEPS} steps, status {code}")
@@ -97,10 +102,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--warmup", type=int, default=5, help="steps left out of the means")
     parser.add_argument("--budget-s", type=float, default=360.0, help="seconds after which the run is ended")
+    parser.add_argument("--colocated", action="store_true", help="engine and trainer on one GPU")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_20_steps.json")
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/gpu_20_steps[_colocated].json")
     parser.add_argument("options", nargs="*", help="further options of `rl-lightning fit`, after --")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = args.out or ROOT / "docs" / "benchmarks" / f"gpu_20_steps{'_colocated' if args.colocated else ''}.json"
+    return args
 
 
 def command(args: argparse.Namespace, model: Path, folder: Path) -> list[str]:
@@ -109,7 +117,10 @@ def command(args: argparse.Namespace, model: Path, folder: Path) -> list[str]:
     if args.cpu:
         options |= ON_CPU
     else:
-        options["data.engine.init_args.server_args"] = json.dumps({**ON_GPU, "mem_fraction_static": 0.8})
+        memory = {} if args.colocated else {"mem_fraction_static": 0.8}  # an engine that shares its GPU knows its part
+        options["data.engine.init_args.server_args"] = json.dumps({**ON_GPU, **memory})
+        options["run.allocation_mode"] = MODES[args.colocated]
+        options["run.n_gpus_per_node"] = "1" if args.colocated else "2"
     words = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "rl_lightning", "fit", f"--config={RECIPE}", *words, *args.options]
 
