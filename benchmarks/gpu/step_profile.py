@@ -34,9 +34,9 @@ def profile_step(step: Callable[[], None], top: int = 15) -> dict[str, Any]:
         wall_s = time.perf_counter() - started
     kernels: dict[str, tuple[float, int]] = {}
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not is_range(event):
             seconds, count = kernels.get(event.name, (0.0, 0))
-            kernels[event.name] = (seconds + event.device_time * 1e-6, count + 1)
+            kernels[event.name] = (seconds + event.device_time_total * 1e-6, count + 1)
     shares = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, (seconds, _) in kernels.items():
         shares[kind_of(name)] += seconds / wall_s
@@ -46,6 +46,12 @@ def profile_step(step: Callable[[], None], top: int = 15) -> dict[str, Any]:
         "shares": {kind: round(share, 4) for kind, share in shares.items()} | {"idle": round(1 - sum(shares.values()), 4)},
         "kernels": [{"name": name[:160], "kind": kind_of(name), "s": round(s, 5), "calls": n} for name, (s, n) in longest],
     }
+
+
+def is_range(event: Any) -> bool:
+    """Whether an event is no kernel but a named stretch of time around some."""
+    marked = bool(getattr(event, "is_user_annotation", False))
+    return marked or event.name.startswith(("##", "Torch-Compiled", "Optimizer.", "ProfilerStep", "CompiledFunction"))
 
 
 def kind_of(name: str) -> str:

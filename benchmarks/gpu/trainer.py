@@ -10,6 +10,7 @@ the tokens run over the wall time of whole steps: micro-batches, forward and bac
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -30,7 +31,8 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu
 from circumstances import circumstances  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
-from step_profile import profile_step, profile_table  # noqa: E402
+from step_profile import profile_step  # noqa: E402
+from trainer_report import report, table  # noqa: E402
 
 from rl_lightning.models.checkpointing import Checkpointing, Level, activation_bytes, checkpoint_layers, plan_levels  # noqa: E402
 from rl_lightning.models.layers import compiled_graphs, decoder_layers  # noqa: E402
@@ -67,6 +69,7 @@ class Step:
     profiled: bool = False
     seconds: float = 0.0
     peak_bytes: int = 0
+    retries: int = 0
     graphs: int = 0
     packing: float = 0.0
     profile: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +117,7 @@ class Measured(AsyncPPOModule):
             return
         self.max_tokens_per_mb = step.micro_tokens + 1
         set_variant(self, step.variant)
-        graphs, started = compiled_graphs(), synchronized(self.device, reset_peak=True)
+        graphs, retries, started = compiled_graphs(), allocation_retries(), synchronized(self.device, reset_peak=True)
         try:
             if step.profiled:
                 step.profile = profile_step(lambda: super(Measured, self).training_step(batch, batch_idx))
@@ -127,7 +130,7 @@ class Measured(AsyncPPOModule):
             return
         step.seconds = synchronized(self.device) - started
         step.packing = self.step_statistics.get("packing_efficiency", 0.0)
-        step.graphs = compiled_graphs() - graphs
+        step.graphs, step.retries = compiled_graphs() - graphs, allocation_retries() - retries
         if self.device.type == "cuda":
             step.peak_bytes, self.optimizer_bytes = (
                 torch.cuda.max_memory_allocated(),
@@ -149,6 +152,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Moments, and float32 copies of the weights where there are any."""
     moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     return moments + (sum(x.nbytes for x in optimizer.masters) if isinstance(optimizer, MasterWeights) else 0)
+
+
+def allocation_retries() -> int:
+    """How often PyTorch gave memory back to the GPU to find room; each time costs milliseconds."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if torch.cuda.is_available() else 0
 
 
 def synchronized(device: torch.device, *, reset_peak: bool = False) -> float:
@@ -242,30 +250,10 @@ def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> d
         "micro_tokens": steps[0].micro_tokens,
         "packing_efficiency": round(measured[-1].packing, 4),
         "graphs_warmup": sum(s.graphs for s in steps if s.warmup),
+        "allocation_retries": sum(s.retries for s in measured),
         "recompilations": sum(s.graphs for s in measured),
         **next(({"profile": s.profile} for s in steps if s.profile), {}),
     }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line for each cell."""
-    lines = ["| shape | length | variant | tokens/s | MFU | peak GiB | of it optimiser | recompilations |", "|---" * 8 + "|"]
-    for row in rows:
-        cells = [row["shape"], row["case"], row["variant"]]
-        if "seconds" in row:
-            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]
-            cells += [f"{row['optimizer_gib']:.1f}", str(row["recompilations"])]
-        else:
-            cells += [row["failure"], "", "", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """The table, and where the time of the profiled steps went."""
-    profiled = [row for row in rows if "profile" in row]
-    parts = [f"## {row['shape']}, {row['case']}, {row['variant']}\n\n{profile_table(row['profile'])}" for row in profiled]
-    return "\n\n".join([table(rows), *parts])
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,6 +300,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.shapes):
+        gc.collect()  # the shape before, whose parts know each other
         rows += run(args, name, started + args.budget_s * (i + 1) / len(args.shapes))
         args.out.write_text(json.dumps({**describe(args), "rows": rows}, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(report(rows) + "\n")

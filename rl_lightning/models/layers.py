@@ -23,6 +23,7 @@ def compile_layers(model: nn.Module) -> None:
     """Compiles each decoder layer for token counts of any size; equal layers share their code. Idempotent.
 
     Attention is one operator of it, so nothing in the code depends on how many sequences there are or how long they are.
+    Inductor reduces a few thousand tokens otherwise than many: code for such a micro-batch is made when the first one comes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for layer in decoder_layers(model):

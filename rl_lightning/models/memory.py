@@ -26,6 +26,10 @@ def keep_freed_memory() -> bool:
 
 
 def spare_gpu_bytes(device: torch.device) -> int:
-    """Bytes of the GPU that a tensor could get now: free ones, and those that PyTorch holds without a tensor in them."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Bytes of the GPU that large tensors could get now: free ones, and whole blocks that PyTorch holds without a tensor in them.
+
+    Remainders of blocks are not counted: a large tensor does not fit into them, and looking for room costs more than it gives.
+    """
+    free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_stats(device)
+    used, remainders = held.get("allocated_bytes.all.current", 0), held.get("inactive_split_bytes.all.current", 0)
+    return free + held.get("reserved_bytes.all.current", 0) - used - remainders

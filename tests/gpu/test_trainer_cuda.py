@@ -78,7 +78,7 @@ def test_compiled_layers_are_compiled_once(tmp_path: Path) -> None:
         (hidden.float() * direction).sum().backward()  # a norm comes last: squares of its output would have no gradient
         return hidden.detach(), model.base_model.layers[0].mlp.up_proj.weight.grad.clone()
 
-    lengths = [[100, 28, 300], [65], [17, 1000, 3, 40, 8], [500, 500]]
+    lengths = [[1000, 280, 3000], [2651], [17, 1000, 3, 40, 1800], [2500, 2500]]
     plain = [run(x) for x in lengths]
     compile_layers(model)
     for level in ("none", "selective", "full"):
