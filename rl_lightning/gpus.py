@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
@@ -12,6 +12,11 @@ from rl_lightning.strategies.allocation import Allocation, check_heads, check_si
 
 SGLANG, TORCH = "rl_lightning.engines.sglang.SGLangEngine", "rl_lightning.engines.torch.TorchEngine"
 RAY, RAY_MODEL_PARALLEL = "rl_lightning.strategies.ray.RayStrategy", "rl_lightning.strategies.RayModelParallelStrategy"
+
+TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.4
+"""Of a GPU, for Ray. Two trainer ranks do not fit on one: ranks, which are placed first, leave room for an engine on each."""
+
+T = TypeVar("T", int, float)
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +52,17 @@ def _apply_generation(data: Any, allocation: Allocation, mode: str) -> None:
     gpus = layout.tensor * layout.pipeline
     if gpus > 1:
         data.gpus_per_engine = _agreed("data.gpus_per_engine", data.gpus_per_engine, gpus, (None,), mode)
+    if allocation.colocated:
+        share = _agreed("data.gpus_per_engine", data.gpus_per_engine, ENGINE_SHARE, (None,), mode)
+        data.gpus_per_engine = share
+        if layout.data > 1 and data.weight_transport == "auto":
+            data.weight_transport = "disk"  # each engine sees another GPU than the one that rank 0 has its weights on
     if data.engine == "auto":
         data.engine = Namespace(class_path=TORCH if allocation.engine == "torch" else SGLANG, init_args=Namespace())
     if data.engine.class_path == SGLANG:
         _apply_server_sizes(data.engine.init_args, layout.tensor, layout.pipeline, mode)
+        if allocation.colocated:
+            data.engine.init_args.colocated = True
     elif gpus > 1:
         raise ValueError(
             f"run.allocation_mode={mode} wants engines of {gpus} GPUs, which only SGLangEngine spans, but data.engine is "
@@ -87,6 +99,9 @@ def _apply_training(trainer: Any, allocation: Allocation, mode: str) -> None:
         return
     init = strategy.init_args
     init.num_workers = _agreed(f"num_workers of {name}", init.get("num_workers"), layout.size, (None,), mode)
+    if allocation.colocated:
+        given = init.get("num_gpus_per_worker")
+        init.num_gpus_per_worker = _agreed(f"num_gpus_per_worker of {name}", given, TRAINER_SHARE, (None,), mode)
     if name == "RayModelParallelStrategy":
         given = init.get("tensor_parallel_size")
         init.tensor_parallel_size = _agreed(f"tensor_parallel_size of {name}", given, layout.tensor, (None, 1), mode)
@@ -106,7 +121,7 @@ def _model_config(config: Any) -> Any:
         return None
 
 
-def _agreed(option: str, value: Any, needed: int, free: tuple[Any, ...], mode: str) -> int:
+def _agreed(option: str, value: Any, needed: T, free: tuple[Any, ...], mode: str) -> T:
     if value not in (*free, needed):
         raise ValueError(
             f"run.allocation_mode={mode} needs {option}={needed}, but it is set to {value}: leave one of the two out"

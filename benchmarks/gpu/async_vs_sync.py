@@ -1,7 +1,7 @@
 """The same training at several bounds of staleness, with answers of long-tailed length, beside what either side does alone.
 
     python benchmarks/gpu/async_vs_sync.py                            # 2 GPUs: one generates, one trains; weights by NCCL
-    python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through shared memory
+    python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through its memory
 
 The model has a real one's shape and random weights, so an answer never ends by itself: its length is drawn from a lognormal
 distribution, a function of (seed, group, answer).  One SGLang server and one training process serve all turns: the engine
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
 from async_vs_sync_turns import ENGINE_ALONE, TRAINER_ALONE, run_turns  # noqa: E402
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
 from shared_server import ON_GPU, SharedServer  # noqa: E402
 from turn import kill_tree, started_process  # noqa: E402
@@ -48,7 +48,15 @@ MEASURES = {
     "staleness": "staleness",
     "staleness_max": "at most",
     "logprob_diff": "engine - trainer (nats)",
+    "graphs": "graphs compiled",
 }
+LEGEND = """Trained tokens include prompts. Idle is the share of time in which the trainer waited for rollouts, and in which the
+engine had nothing at all in flight; that it is half empty while the longest answers end shows only in its rate. The bound is
+the slower side alone: the engine with a trainer that trains nothing, the trainer with batches that are there. Times of the
+weights are those of the step before."""
+RIVAL = "eta 0, both GPUs colocated"
+"""The fairest synchronous rival of GPUs apart: no GPU waits for the other, and no gradients travel in this figure."""
+
 CLOSING_S = 15.0
 """Kept back from the budget for ending all processes."""
 
@@ -86,11 +94,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=0.9, help="of the logarithm of the length")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longest answer")
     parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
-    parser.add_argument("--transport", help="weight_transport; distributed apart and disk colocated by default")
+    parser.add_argument("--transport", help="weight_transport; distributed apart and tensor colocated by default")
     parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: where memory is short")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
+    parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
     parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
+    parser.add_argument("--rival", type=Path, help="JSON of `--layout colocated` with half the prompts, eta 0 among its turns")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "async_vs_sync.log")
     parser.add_argument("--out", type=Path, help="default: docs/benchmarks/async_vs_sync_LAYOUT.json")
     for name in ("--model", "--url", "--api-key", "--ray-folder"):
@@ -100,10 +110,9 @@ def parse() -> argparse.Namespace:
     apart = args.layout == "apart"
     args.in_flight = args.in_flight or args.prompts
     args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
-    args.transport = args.transport or ("distributed" if apart and not args.cpu else "disk")
+    args.transport = args.transport or ("disk" if args.cpu else "distributed" if apart else "tensor")
     args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
-    if args.checkpointing is None:
-        args.checkpointing = not args.cpu and (args.shape == "1.7b" or not apart)
+    args.checkpointing = args.checkpointing or ("none" if args.cpu or (apart and args.shape == "0.6b") else "full")
     args.out = args.out or ROOT / "docs" / "benchmarks" / f"async_vs_sync_{args.layout}.json"
     return args
 
@@ -165,9 +174,11 @@ def reports(lines: Any) -> Iterator[dict[str, Any]]:
 def write(args: argparse.Namespace, turns: dict[str, dict[str, Any]]) -> None:
     """JSON and table of what there is."""
     summaries = {name: {**summary(turn["steps"]), **turn} for name, turn in turns.items()}
+    if args.rival is not None:
+        summaries[RIVAL] = rival(json.loads(args.rival.read_text()))
     document = {**describe(args), "bound_tokens_per_s": bound(summaries), "turns": summaries}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    title = f"Asynchronous against synchronous, {args.layout}"
+    write_results(args.out, document, title, document["task"] + ".", table(summaries), LEGEND)
     logger.info("\n%s\n", table(summaries))
 
 
@@ -183,6 +194,8 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, float]:
     result["trainer_idle"] = sum(step["wait_s"] for step in steps) / seconds
     if "engine_idle_s" in steps[0]:
         result["engine_idle"] = max(0.0, sum(step["engine_idle_s"] for step in steps) / seconds)
+    if "graphs" in steps[0]:
+        result["graphs"] = sum(step["graphs"] for step in steps)
     if "paused_s" in steps[0]:
         result["paused_s"] = median(step["paused_s"] for step in steps)
         result["staleness_max"] = max(step["staleness_max"] for step in steps)
@@ -196,12 +209,18 @@ def bound(summaries: dict[str, dict[str, Any]]) -> float | None:
     return min(known) if len(known) == len(alone) else None
 
 
+def rival(document: dict[str, Any]) -> dict[str, Any]:
+    """Two GPUs that both generate and train in turn, each half of the prompts: twice what one of them does."""
+    alone = document["turns"]["0"]
+    return {"tokens_per_s": 2 * alone["tokens_per_s"], "seconds": alone["seconds"], "command": document["command"]}
+
+
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Markdown, one line for each turn."""
     lines = [f"| turn | {' | '.join(MEASURES.values())} | x eta 0 | of the bound |", "|---" * (len(MEASURES) + 3) + "|"]
     limit, base = bound(summaries), summaries.get("0", {}).get("tokens_per_s")
     for name, result in summaries.items():
-        cells = [f"{result[key]:,.4g}" if key in result else "-" for key in MEASURES]
+        cells = [shown(result[key]) if key in result else "-" for key in MEASURES]
         rate = result.get("tokens_per_s")
         against = [f"{rate / other:.2f}" if rate and other and name.isdigit() else "-" for other in (base, limit)]
         lines.append(f"| {f'eta {name}' if name.isdigit() else name} | {' | '.join([*cells, *against])} |")

@@ -29,8 +29,8 @@ from rl_lightning.types import Batch, SamplingParams
 logger = logging.getLogger("async_vs_sync_turns")
 
 ENGINE_ALONE, TRAINER_ALONE = "engine alone", "trainer alone"
-ALONE_S = 40.0
-"""Most seconds of a turn of one side alone."""
+ALONE_S = 25.0
+"""Most seconds of a turn of one side alone, from its first measured step on: layers compile in the first steps."""
 
 KEPT = 8
 """Batches of the engine's turn that the trainer's turn trains on, again and again."""
@@ -80,20 +80,19 @@ class Replay:
 
 
 class Reports(pl.Callback):
-    """Prints what each step took; ends the turn after `steps` measured ones, or the first after `deadline`.
+    """Prints what each step took; ends the turn after `steps` measured ones, or with the first that is over time.
 
     Args:
         turn: its name.
         warmup: steps that are not measured.
         steps: measured ones, at most.
-        seconds: from the start of training, after which the turn ends with the step.
+        seconds: of the turn.
         keep: list that gets the last batches, if any are wanted.
     """
 
     def __init__(self, turn: str, warmup: int, steps: int, seconds: float, keep: list[Batch] | None = None) -> None:
         self.turn, self.warmup, self.steps, self.seconds, self.keep = turn, warmup, steps, seconds, keep
-        self.number, self.busy_s = 0, 0.0
-        self.last_s = self.deadline = 0.0
+        self.number, self.busy_s, self.last_s, self.deadline = 0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_s = time.monotonic()
@@ -103,6 +102,8 @@ class Reports(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now, self.number = time.monotonic(), self.number + 1
+        if self.number == self.warmup and self.turn in (ENGINE_ALONE, TRAINER_ALONE):
+            self.deadline = now + self.seconds
         seconds, self.last_s = now - self.last_s, now
         line = {"seconds": seconds, "tokens": len(batch.token_ids), "answer_tokens": int(batch.loss_mask.sum())}
         line |= {"wait_s": batch.wait_s, **training_times(trainer, pl_module), **self.idleness(trainer, seconds)}
@@ -127,9 +128,12 @@ def training_times(trainer: Any, pl_module: Any) -> dict[str, float]:
     seen, synced = pl_module.step_statistics, trainer.callback_metrics
     if not seen:
         return {}
+    training = {"update_s": seen["time/recompute"] + seen["time/update"], "graphs": seen["compiled_graphs"]}
+    if trainer.datamodule is None:
+        return training
     names = {"staleness": "head_offpolicyness", "staleness_max": "head_offpolicyness_max", "logprob_diff": "engine_logprob_diff"}
     return {
-        "update_s": seen["time/recompute"] + seen["time/update"],
+        **training,
         "sync_s": float(synced.get("time/weight_sync", 0.0)),
         "paused_s": float(synced.get("time/generation_paused", 0.0)),
         **{name: seen[source] for name, source in names.items() if source in seen},
@@ -185,7 +189,7 @@ def make_trainer(args: argparse.Namespace, reports: Reports) -> pl.Trainer:
         devices=1 if args.cpu else [args.trainer_gpu],
         max_steps=UNBOUNDED,
         max_epochs=-1,
-        precision="32-true" if args.cpu else "bf16-mixed",
+        precision="32-true" if args.cpu or args.weights == "bfloat16" else "bf16-mixed",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -197,7 +201,13 @@ def make_trainer(args: argparse.Namespace, reports: Reports) -> pl.Trainer:
 def make_module(args: argparse.Namespace, kind: type[AsyncPPOModule]) -> AsyncPPOModule:
     """One update a batch, so that pi_prox needs no pass of its own."""
     ppo = PPOConfig(n_minibatches=1, group_adv_norm=True)
-    return kind(args.model, ppo=ppo, max_tokens_per_mb=args.max_tokens_per_mb, gradient_checkpointing=args.checkpointing)
+    return kind(
+        args.model,
+        ppo=ppo,
+        max_tokens_per_mb=args.max_tokens_per_mb,
+        dtype=args.weights,
+        gradient_checkpointing=args.checkpointing,
+    )
 
 
 def make_data(args: argparse.Namespace, eta: int) -> RolloutDataModule:

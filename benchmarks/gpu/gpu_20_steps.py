@@ -1,14 +1,16 @@
-"""The command line's own run on two GPUs, `sglang.d1p1m1+d1p1m1`, and what its TensorBoard files say of its twenty steps.
+"""The command line's own run on two GPUs, or on one, and what its TensorBoard files say of its twenty steps.
 
-    python benchmarks/gpu/gpu_20_steps.py
+    python benchmarks/gpu/gpu_20_steps.py                 # sglang.d1p1m1+d1p1m1
+    python benchmarks/gpu/gpu_20_steps.py --colocated     # sglang.d1p1m1|d1p1m1
 
-Prepares models/qwen3-0.6b-random if it is not there, runs `rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`, and
-writes table and JSON. The first steps, in which kernels compile and the pipeline fills, are shown and left out of the means.
+Prepares a model of random weights, runs `rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`, and writes table and JSON.
+The first steps, in which kernels compile and the pipeline fills, are shown and left out of the means.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from shared_server import ON_GPU  # noqa: E402
 from turn import kill_tree  # noqa: E402
 
@@ -31,6 +33,14 @@ logger = logging.getLogger("gpu_20_steps")
 
 RECIPE = ROOT / "recipes" / "async_ppo_0.6b_gpu2.yaml"
 STEPS = 20
+TITLE = "Twenty steps through the command line, {}"
+ABOUT = """`rl-lightning fit --config recipes/async_ppo_0.6b_gpu2.yaml`: a Qwen3-0.6B shape of random weights, `{}`.
+{:.0f} s in all, the start of Ray, engine and trainer among them; it ended with status {}."""
+LEGEND = """The mean is of the steps from {} on. Times of the weights are those of the step itself; the first step has the
+engine's start in its time. Towards the end the engine has generated all that the run needs, and stands still."""
+STOP_S = 30.0
+"""For a run that takes too long to end by itself."""
+
 SCALARS = {
     "time/step": "s/step",
     "throughput/trained_tokens_per_s": "trained tokens/s",
@@ -44,6 +54,9 @@ SCALARS = {
     "engine_logprob_diff": "engine - trainer (nats)",
     "throughput/mfu": "MFU",
 }
+MODES = {False: "sglang.d1p1m1+d1p1m1", True: "sglang.d1p1m1|d1p1m1"}
+"""By whether engine and trainer share one GPU."""
+
 ON_CPU = {
     "run.allocation_mode": "null",
     "trainer.accelerator": "cpu",
@@ -75,9 +88,11 @@ def main() -> None:
         "ended_with": code,
     }
     document |= {"seconds_in_all": round(seconds, 1), "mean_from_step": args.warmup + 1, "mean": means(steps[args.warmup :])}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**document, "steps": steps}, indent=1) + "\n")
-    logger.info("%s", table(steps, document["mean"]))
+    rows = table(steps, document["mean"])
+    title = TITLE.format("one GPU" if args.colocated else "two GPUs")
+    about = ABOUT.format(MODES[args.colocated], document["seconds_in_all"], code)
+    write_results(args.out, {**document, "steps": steps}, title, about, rows, LEGEND.format(args.warmup + 1))
+    logger.info("%s", rows)
     if code or len(steps) != STEPS:
         raise SystemExit(f"{len(steps)} of {STEPS} steps, status {code}")
 
@@ -86,11 +101,14 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--warmup", type=int, default=5, help="steps left out of the means")
-    parser.add_argument("--budget-s", type=float, default=420.0, help="seconds after which the run is ended")
+    parser.add_argument("--budget-s", type=float, default=360.0, help="seconds after which the run is ended")
+    parser.add_argument("--colocated", action="store_true", help="engine and trainer on one GPU")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_20_steps.json")
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/gpu_20_steps[_colocated].json")
     parser.add_argument("options", nargs="*", help="further options of `rl-lightning fit`, after --")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = args.out or ROOT / "docs" / "benchmarks" / f"gpu_20_steps{'_colocated' if args.colocated else ''}.json"
+    return args
 
 
 def command(args: argparse.Namespace, model: Path, folder: Path) -> list[str]:
@@ -99,7 +117,10 @@ def command(args: argparse.Namespace, model: Path, folder: Path) -> list[str]:
     if args.cpu:
         options |= ON_CPU
     else:
-        options["data.engine.init_args.server_args"] = json.dumps({**ON_GPU, "mem_fraction_static": 0.8})
+        memory = {} if args.colocated else {"mem_fraction_static": 0.8}  # an engine that shares its GPU knows its part
+        options["data.engine.init_args.server_args"] = json.dumps({**ON_GPU, **memory})
+        options["run.allocation_mode"] = MODES[args.colocated]
+        options["run.n_gpus_per_node"] = "1" if args.colocated else "2"
     words = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "rl_lightning", "fit", f"--config={RECIPE}", *words, *args.options]
 
@@ -110,6 +131,9 @@ def run(words: list[str], env: dict[str, str], seconds: float) -> int | str:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        process.terminate()  # it then writes what it has measured
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
         return f"ended after {seconds:.0f} s"
     finally:
         kill_tree(process.pid)
@@ -144,7 +168,7 @@ def table(steps: list[dict[str, float]], mean_step: dict[str, float]) -> str:
     lines = [f"| step | {' | '.join(SCALARS.values())} |", "|---" * (len(SCALARS) + 1) + "|"]
     rows: list[tuple[Any, dict[str, float]]] = [(int(step["step"]), step) for step in steps]
     for name, row in [*rows, ("mean", mean_step)]:
-        lines.append(f"| {name} | {' | '.join(f'{row[key]:,.4g}' if key in row else '-' for key in SCALARS)} |")
+        lines.append(f"| {name} | {' | '.join(shown(row[key]) if key in row else '-' for key in SCALARS)} |")
     return "\n".join(lines)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from circumstances import circumstances
@@ -28,3 +31,20 @@ def describe_machine(program: str, n_gpus: int) -> dict[str, Any]:
         here["commit"] = os.environ["COMMIT"]
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {**here, "command": f"python benchmarks/gpu/{program} {' '.join(sys.argv[1:])}".strip(), "versions": versions}
+
+
+def shown(value: float) -> str:
+    """A number in a table: whole from a thousand on, else four digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def write_results(out: Path, document: Mapping[str, Any], title: str, *paragraphs: str) -> None:
+    """`out` with everything, and beside it a page of the same name with `paragraphs`, machine, date, commit and command."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    made = (
+        f"{document['date']}, {document['machine']}, Python {document['python']}, commit {document['commit'][:12]}; {versions}."
+    )
+    text = "\n\n".join([f"# {title}", *paragraphs, made, f"    {document['command']}"])
+    out.with_suffix(".md").write_text(text + "\n")

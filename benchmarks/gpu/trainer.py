@@ -4,7 +4,7 @@
 
 One fit for each shape; inside it the variants alternate step by step on the same batch, so that they share the machine's
 moods. `mixed` are long-tailed lengths (lognormal, median 1,024, sigma 1), packed by the library. Tokens per second count
-the tokens run over the wall time of whole steps.
+the tokens run over the wall time of whole steps: micro-batches, forward and backward passes, clipping, AdamW, statistics.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu
 from circumstances import circumstances  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
+from step_profile import profile_step, profile_table  # noqa: E402
 
-from rl_lightning.models.checkpointing import Level, checkpoint_layers  # noqa: E402
+from rl_lightning.models.checkpointing import Checkpointing, Level, activation_bytes, checkpoint_layers, plan_levels  # noqa: E402
 from rl_lightning.models.layers import compiled_graphs, decoder_layers  # noqa: E402
 from rl_lightning.modules.async_ppo import AsyncPPOModule  # noqa: E402
+from rl_lightning.modules.master_weights import MasterWeights  # noqa: E402
 from rl_lightning.modules.optimizer import OptimizerConfig  # noqa: E402
 from rl_lightning.modules.ppo_config import PPOConfig  # noqa: E402
 from rl_lightning.types import Batch  # noqa: E402
 
 logger = logging.getLogger("trainer")
 
-VARIANTS: dict[str, tuple[bool, Level]] = {
+VARIANTS: dict[str, tuple[bool, Checkpointing]] = {
     "eager": (False, "none"),
     "eager+full": (False, "full"),
     "compiled": (True, "none"),
+    "compiled+light": (True, "light"),
     "compiled+selective": (True, "selective"),
     "compiled+full": (True, "full"),
+    "compiled+auto": (True, "auto"),
 }
 """By name, whether layers are compiled and how activations are checkpointed."""
 
@@ -57,11 +61,15 @@ class Step:
     case: str
     variant: str
     batch: Batch
+    micro_tokens: int
     flops: float
     warmup: bool
+    profiled: bool = False
     seconds: float = 0.0
     peak_bytes: int = 0
     graphs: int = 0
+    packing: float = 0.0
+    profile: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
 
 
@@ -83,11 +91,19 @@ class Measured(AsyncPPOModule):
 
     def __init__(self, path: str, plan: Plan, deadline: float, **options: Any) -> None:
         super().__init__(path, **options)
-        self.plan, self.deadline = plan, deadline
+        self.plan, self.deadline, self.optimizer_bytes = plan, deadline, 0
+        self.planned: dict[int, list[Level]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """No engines."""
         return []
+
+    def on_fit_start(self) -> None:
+        """Decides what `auto` means for each size of micro-batches, while only the weights are in memory."""
+        super().on_fit_start()
+        spare = activation_bytes([self.model], self.device) if self.device.type == "cuda" else 1e12
+        sizes = {step.micro_tokens + 1 for step in self.plan.steps}
+        self.planned = {size: plan_levels(self.model, size, spare) for size in sizes}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """The step, between two synchronisations."""
@@ -96,9 +112,13 @@ class Measured(AsyncPPOModule):
         if failed or time.perf_counter() > self.deadline:
             step.failure = step.failure or ("" if failed else "no time left")
             return
+        self.max_tokens_per_mb = step.micro_tokens + 1
         set_variant(self, step.variant)
         graphs, started = compiled_graphs(), synchronized(self.device, reset_peak=True)
         try:
+            if step.profiled:
+                step.profile = profile_step(lambda: super(Measured, self).training_step(batch, batch_idx))
+                return
             super().training_step(batch, batch_idx)
         except torch.OutOfMemoryError:
             step.failure = "out of memory"
@@ -106,19 +126,29 @@ class Measured(AsyncPPOModule):
             torch.cuda.empty_cache()
             return
         step.seconds = synchronized(self.device) - started
+        step.packing = self.step_statistics.get("packing_efficiency", 0.0)
         step.graphs = compiled_graphs() - graphs
         if self.device.type == "cuda":
-            step.peak_bytes = torch.cuda.max_memory_allocated()
+            step.peak_bytes, self.optimizer_bytes = (
+                torch.cuda.max_memory_allocated(),
+                optimizer_bytes(self.trainer.optimizers[0]),
+            )
         logger.info("%s %s %.3f s%s", step.case, step.variant, step.seconds, " (warm-up)" if step.warmup else "")
 
 
-def set_variant(module: AsyncPPOModule, variant: str) -> None:
+def set_variant(module: Measured, variant: str) -> None:
     """Runs `module` as `variant` from now on."""
     compiled, level = VARIANTS[variant]
-    checkpoint_layers(module.model, level)
+    checkpoint_layers(module.model, module.planned[module.max_tokens_per_mb] if level == "auto" else level)
     for layer in decoder_layers(module.model):
         layer.compiled = getattr(layer, "compiled", layer._compiled_call_impl)
         layer._compiled_call_impl = layer.compiled if compiled else None
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Moments, and float32 copies of the weights where there are any."""
+    moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+    return moments + (sum(x.nbytes for x in optimizer.masters) if isinstance(optimizer, MasterWeights) else 0)
 
 
 def synchronized(device: torch.device, *, reset_peak: bool = False) -> float:
@@ -139,8 +169,11 @@ def make_plan(args: argparse.Namespace, shape: Shape) -> Plan:
         scored = int(batch.loss_mask.sum())
         share = 1.0 + (args.minibatches - 1) / args.minibatches / 3.0  # forward only, of all minibatches but the first
         flops = shape.flops(lengths, scored) * share
+        micro = max(args.micro_tokens, *lengths)
         for turn in range(args.warmup + args.steps):
-            plan.steps += [Step(case, variant, batch, flops, turn < args.warmup) for variant in args.variants]
+            plan.steps += [Step(case, variant, batch, micro, flops, turn < args.warmup) for variant in args.variants]
+        wanted = [variant for variant in args.variants if f"{case}:{variant}" in args.profile]
+        plan.steps += [Step(case, variant, batch, micro, flops, False, profiled=True) for variant in wanted]
     return plan
 
 
@@ -165,12 +198,12 @@ def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, 
             deadline,
             optimizer=OptimizerConfig(lr=1e-6),
             ppo=PPOConfig(n_minibatches=args.minibatches),
-            max_tokens_per_mb=args.tokens + 1,
+            max_tokens_per_mb=args.micro_tokens + 1,
             dtype=args.weights,
             compile=any(VARIANTS[variant][0] for variant in args.variants),
         )
         make_trainer(args).fit(module, plan)
-    return [summary(name, case, variant, plan, args) for case in args.lengths for variant in args.variants]
+    return [summary(name, case, variant, plan, module.optimizer_bytes) for case in args.lengths for variant in args.variants]
 
 
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
@@ -187,7 +220,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
     )
 
 
-def summary(name: str, case: str, variant: str, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> dict[str, Any]:
     """What the measured steps of one cell say."""
     steps = [s for s in plan.steps if (s.case, s.variant) == (case, variant)]
     row: dict[str, Any] = {"shape": name, "case": case, "variant": variant}
@@ -205,22 +238,34 @@ def summary(name: str, case: str, variant: str, plan: Plan, args: argparse.Names
         "tokens_per_s": round(n_tokens / seconds, 1),
         "mfu": round(steps[0].flops / seconds / PEAK_FLOPS, 4),
         "peak_gib": round(max(s.peak_bytes for s in measured) / 2**30, 2),
+        "optimizer_gib": round(optimizer / 2**30, 2),
+        "micro_tokens": steps[0].micro_tokens,
+        "packing_efficiency": round(measured[-1].packing, 4),
         "graphs_warmup": sum(s.graphs for s in steps if s.warmup),
         "recompilations": sum(s.graphs for s in measured),
+        **next(({"profile": s.profile} for s in steps if s.profile), {}),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line for each cell."""
-    lines = ["| shape | length | variant | tokens/s | MFU | peak GiB | recompilations |", "|---" * 7 + "|"]
+    lines = ["| shape | length | variant | tokens/s | MFU | peak GiB | of it optimiser | recompilations |", "|---" * 8 + "|"]
     for row in rows:
         cells = [row["shape"], row["case"], row["variant"]]
         if "seconds" in row:
-            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}", str(row["recompilations"])]
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]
+            cells += [f"{row['optimizer_gib']:.1f}", str(row["recompilations"])]
         else:
-            cells += [row["failure"], "", "", ""]
+            cells += [row["failure"], "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table, and where the time of the profiled steps went."""
+    profiled = [row for row in rows if "profile" in row]
+    parts = [f"## {row['shape']}, {row['case']}, {row['variant']}\n\n{profile_table(row['profile'])}" for row in profiled]
+    return "\n\n".join([table(rows), *parts])
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -236,6 +281,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "peak_flops": PEAK_FLOPS,
         "weights": args.weights,
         "step": f"{args.tokens} tokens in each of {args.minibatches} minibatches, prompts of at most 128 tokens among them; "
+        f"micro-batches of {args.micro_tokens} tokens or one sequence; "
         "pi_prox of the first comes from its own forward pass, of the others from a separate one",
     }
 
@@ -246,12 +292,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1.7b", "0.6b"])
     parser.add_argument("--lengths", nargs="+", default=["2048", "16384", "8192", "32768", "mixed"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[1:])
-    parser.add_argument("--tokens", type=int, default=32768, help="of a minibatch, in one micro-batch")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a minibatch: one optimiser step")
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="of a micro-batch, or the longest sequence")
     parser.add_argument("--minibatches", type=int, default=1, help="PPO minibatches of a step")
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: with float32 copies")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each cell that are not measured")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each cell")
     parser.add_argument("--budget-s", type=float, default=420.0, help="no step is begun after so many seconds")
+    parser.add_argument("--profile", nargs="*", default=[], metavar="CASE:VARIANT", help="profile one more step of these cells")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_trainer.json")
     return parser.parse_args()
@@ -266,7 +314,7 @@ def main() -> None:
     for i, name in enumerate(args.shapes):
         rows += run(args, name, started + args.budget_s * (i + 1) / len(args.shapes))
         args.out.write_text(json.dumps({**describe(args), "rows": rows}, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(table(rows) + "\n")
+        args.out.with_suffix(".md").write_text(report(rows) + "\n")
         logger.info("\n%s\n", table(rows))
 
 

@@ -17,6 +17,19 @@ class WeightMismatchError(RuntimeError):
 
 
 @runtime_checkable
+class YieldsMemory(Protocol):
+    """What an engine on the trainer's GPU may have besides: it is asked before every step of a synchronous trainer."""
+
+    async def yield_memory(self) -> None:
+        """Lets go of what memory it can until the next `update_weights`; generates nothing meanwhile. Idempotent.
+
+        Raises:
+            EngineError: the engine died or did not answer in time.
+        """
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """One inference engine, owned by one RolloutWorker.
 

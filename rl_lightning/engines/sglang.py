@@ -10,7 +10,8 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,14 @@ from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.process import ServerProcess
-from rl_lightning.engines.sglang_args import check_server_args, parallel_sizes, server_command, server_env
+from rl_lightning.engines.sglang_args import (
+    check_server_args,
+    parallel_sizes,
+    saver_installed,
+    server_command,
+    server_env,
+    sharing_args,
+)
 from rl_lightning.engines.sglang_client import SGLangClient
 from rl_lightning.engines.sglang_receiver import Receiver, target_of
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
@@ -58,6 +66,9 @@ class SGLangEngine:
         sync_timeout_s: for one weight update.
         new_tokens_per_chunk: cut answers into requests of so many tokens, for servers that cannot be interrupted.
         log_path: where an owned server's output goes; None keeps it in a temporary file until the server ends.
+        colocated: share the GPU with a trainer: weights come through its memory, the server takes a smaller part of it
+            (`mem_fraction_static`) and, where the package torch_memory_saver is installed, lets go of it while a
+            synchronous trainer works.
     """
 
     transports: tuple[str, ...]
@@ -74,7 +85,10 @@ class SGLangEngine:
         sync_timeout_s: float = 300.0,
         new_tokens_per_chunk: int | None = None,
         log_path: str | None = None,
+        colocated: bool = False,
     ) -> None:
+        if url is not None and colocated:
+            raise ValueError("SGLangEngine got both url and colocated: only a server of its own can make room for a trainer")
         if url is not None and server_args:
             raise ValueError("SGLangEngine got both url and server_args: a server that runs already takes no arguments")
         if new_tokens_per_chunk is not None and new_tokens_per_chunk < 1:
@@ -82,19 +96,24 @@ class SGLangEngine:
         check_server_args(server_args or {})
         self.tensor_size, self.pipeline_size = parallel_sizes(server_args or {})
         local = url is None and pick_device(device) == "cpu"
-        self.transports = ("disk", "distributed") if local else ("distributed", "disk")  # memory files are faster than gloo
+        self.transports = ("distributed", "disk", "tensor")
+        if local:
+            self.transports = ("disk", "tensor", "distributed")  # memory files are faster than gloo
+        if colocated:
+            self.transports = ("tensor", "disk")  # NCCL takes a GPU only once
         if self.pipeline_size > 1:
             self.transports = ("disk",)  # SGLang's pipeline stages cannot join a process group
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
-        self.new_tokens_per_chunk, self.log_path = new_tokens_per_chunk, log_path
+        self.new_tokens_per_chunk, self.log_path, self.colocated = new_tokens_per_chunk, log_path, colocated
         self._process: ServerProcess | None = None
         self._folder: Path | None = None
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
         self._receiver: Receiver | None = None
         self._target = WeightTarget()
+        self._yields = self._asleep = False
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = ""
         self._decoder: Decode | None = None
@@ -111,7 +130,7 @@ class SGLangEngine:
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
-        self._model_path, self._decoder = model_path, None
+        self._model_path, self._decoder, self._asleep = model_path, None, False
         self._gate, self._prefixes = GenerationGate(), PrefixSharing(self._prefill)
         try:
             if self.url is None:
@@ -159,7 +178,8 @@ class SGLangEngine:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
                 await self._interrupt()
-                sent = await load()
+                async with self._awake():
+                    sent = await load()
                 await client.flush()
                 await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
@@ -170,6 +190,21 @@ class SGLangEngine:
             raise
         gate.open(update.version)
         return time.monotonic() - started
+
+    async def yield_memory(self) -> None:
+        """See `YieldsMemory`."""
+        client, _ = self._parts()
+        if not self._yields or self._asleep:
+            return
+        try:
+            async with asyncio.timeout(self.sync_timeout_s):
+                await self._interrupt()
+                await client.flush()  # succeeds once nothing runs, which the server insists on
+                await client.release_memory()
+        except TimeoutError:
+            waited = f"SGLang did not let go of its memory within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
+            raise EngineError(waited) from None
+        self._asleep = True
 
     async def health(self) -> None:
         """See `Engine.health`: an idle engine samples a token, a busy one is asked through its scheduler."""
@@ -215,7 +250,11 @@ class SGLangEngine:
         number = port.getsockname()[1]
         key = self.api_key or secrets.token_urlsafe(32)
         device = pick_device(self.device)
-        command = server_command(model_path, number, device, pick_dtype(self.dtype, device), self.server_args)
+        server_args = self.server_args
+        if self.colocated:
+            self._yields = saver_installed()
+            server_args = {**sharing_args(device, saver=self._yields), **server_args}
+        command = server_command(model_path, number, device, pick_dtype(self.dtype, device), server_args)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
         env = server_env(device, key, self._folder, self.tensor_size * self.pipeline_size)
         log = self._folder / "server.log" if self.log_path is None else Path(self.log_path)
@@ -280,6 +319,18 @@ class SGLangEngine:
         await client.abort()
         while not await gate.empty(ABORT_EVERY_S):
             await client.abort()
+
+    @asynccontextmanager
+    async def _awake(self) -> AsyncIterator[None]:
+        """Memory for weights before, and for the rest after: what the weights come from may take as much."""
+        client, _ = self._parts()
+        if not self._asleep:
+            yield
+            return
+        await client.resume_memory("weights")
+        yield
+        await client.resume_memory("kv_cache", "cuda_graph")
+        self._asleep = False
 
     async def _sample_one_token(self) -> None:
         client, _ = self._parts()

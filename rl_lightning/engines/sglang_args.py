@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rl_lightning.engines.sglang_server import API_KEY
+
+logger = logging.getLogger(__name__)
 
 SERVER_MODULE = "rl_lightning.engines.sglang_server"
 
@@ -35,6 +39,9 @@ SOCKET_FOLDER = 80
 TENSOR_SIZE = ("tp_size", "tensor_parallel_size", "tp")
 PIPELINE_SIZE = ("pp_size", "pipeline_parallel_size", "pp")
 """What SGLang calls the two, the usual name first."""
+
+SHARED_FRACTION, SHARED_FRACTION_KEPT = 0.4, 0.2
+"""Part of the GPU for weights and KV cache of a server beside a trainer: where it can let go of it, and where it cannot."""
 
 OWNED = ("model_path", "port", "host", "api_key", "admin_api_key", "device", "dtype")
 """Arguments that SGLangEngine has settings for, or must choose itself."""
@@ -81,6 +88,25 @@ def _size(server_args: Mapping[str, Any], names: Sequence[str]) -> int:
     if len(given) > 1 or not all(str(value).isdecimal() and int(value) for value in given.values()):
         raise ValueError(f"server_args has {given}: give {names[0]} once, as a whole number above 0")
     return int(next(iter(given.values()), 1))
+
+
+def saver_installed() -> bool:
+    """Whether SGLang can give memory back and take it again."""
+    return importlib.util.find_spec("torch_memory_saver") is not None
+
+
+def sharing_args(device: str, *, saver: bool) -> dict[str, Any]:
+    """Arguments of a server that shares its GPU with a trainer."""
+    if device == "cpu":
+        return {}
+    if saver:
+        return {"enable_memory_saver": True, "mem_fraction_static": SHARED_FRACTION}
+    logger.warning(
+        "torch_memory_saver is not installed: SGLang keeps its memory while the trainer works, and by default takes %g of the "
+        "GPU for weights and KV cache (mem_fraction_static in server_args)",
+        SHARED_FRACTION_KEPT,
+    )
+    return {"mem_fraction_static": SHARED_FRACTION_KEPT}
 
 
 def server_env(device: str, api_key: str, folder: Path, n_ranks: int = 1) -> dict[str, str]:

@@ -117,6 +117,16 @@ class SGLangClient:
         _, content = await self.call("GET", "/server_info")
         return content
 
+    # -- memory
+
+    async def release_memory(self) -> None:
+        """Lets go of weights, KV cache and CUDA graphs; nothing may be running."""
+        await self.call("POST", "/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
+
+    async def resume_memory(self, *tags: str) -> None:
+        """Takes memory for `tags` again; what it held is lost."""
+        await self.call("POST", "/resume_memory_occupation", {"tags": tags})
+
     # -- weights
 
     async def flush(self, pause_s: float = 0.005) -> None:
@@ -126,8 +136,9 @@ class SGLangClient:
             pause_s = min(2 * pause_s, 0.1)
 
     async def load_from_disk(self, path: str) -> None:
-        """Replaces the weights by those in a folder."""
-        await self.call("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": False})
+        """Replaces the weights by those in a folder, also in a server that began with random ones (`load_format: dummy`)."""
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}
+        await self.call("POST", "/update_weights_from_disk", body)
 
     async def join_group(self, **where: Any) -> None:
         """Joins a process group; returns when all its members have."""
@@ -142,6 +153,11 @@ class SGLangClient:
         """Takes part in one broadcast and loads what it brought."""
         body = {**bucket, "group_name": group, "load_format": "flattened_bucket", "flush_cache": False}
         await self.call("POST", "/update_weights_from_distributed", body)
+
+    async def load_from_memory(self, handles: Sequence[str]) -> None:
+        """Replaces weights by those that the server's ranks find by one handle each."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self.call("POST", "/update_weights_from_tensor", body)
 
     async def begin_update(self) -> bool:
         """Opens an update session where the server has such a thing (from 0.5.21 on); whether it has."""

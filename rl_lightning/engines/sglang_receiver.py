@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.weights.channel import POLL_S, SyncChannel, SyncFailed, connect_store
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rl_lightning.engines.sglang_client import SGLangClient, Shown
     from rl_lightning.weights.transport import WeightUpdate
 
+T = TypeVar("T")
 Load = Callable[[], Awaitable[Fingerprint]]
 """Loads the weights; returns what the server must hold now."""
 
@@ -44,10 +46,15 @@ class Receiver:
         if update.transport == "disk":
             yield lambda: self._read(update)
         elif update.transport == "distributed":
-            async with self._joined(update.payload) as load:
-                yield load
+            async with self._listening(update.payload) as channel:
+                await self._join(channel, update.payload)
+                yield lambda: self._receive(channel, update.payload["buckets"])
+        elif update.transport == "tensor":
+            async with self._listening(update.payload) as channel:
+                first = await _told(partial(channel.poll_bucket, 0, update.payload["engine"]))
+                yield lambda: self._copy(channel, update.payload, first)
         else:
-            raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed or disk")
+            raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed, tensor or disk")
 
     async def prove(self, version: int, sent: Fingerprint) -> None:
         """Compares the server's weights with the fingerprint of `version`.
@@ -68,19 +75,32 @@ class Receiver:
         assert update.fingerprint is not None
         return update.fingerprint
 
+    # -- from memory
+
+    async def _copy(self, channel: SyncChannel, payload: Mapping[str, Any], first: list[str]) -> Fingerprint:
+        engine, handles = payload["engine"], first
+        session = await self._client.begin_update()
+        for i in range(payload["n_buckets"]):
+            if i:
+                handles = await _told(partial(channel.poll_bucket, i, engine))
+            await self._client.load_from_memory(handles)
+            channel.report_taken(i, engine)
+        if session:
+            await self._client.end_update()
+        return await _told(channel.poll_fingerprint)
+
     # -- by broadcast
 
     @asynccontextmanager
-    async def _joined(self, payload: Mapping[str, Any]) -> AsyncIterator[Load]:
-        """Inside the trainer's process group. Whatever fails in here is told to the trainer, which then waits no longer."""
+    async def _listening(self, payload: Mapping[str, Any]) -> AsyncIterator[SyncChannel]:
+        """In touch with the trainer. Whatever fails in here is told to it, and it then waits no longer."""
         try:
             store = await asyncio.to_thread(connect_store, payload["host"], payload["port"])
         except TimeoutError as error:
             raise EngineError(str(error)) from None
         channel = SyncChannel(store, payload["sync"])
         try:
-            await self._join(channel, payload)
-            yield lambda: self._receive(channel, payload["buckets"])
+            yield channel
         except BaseException as error:
             channel.fail(f"engine {payload['engine']}: {error!r}")
             if isinstance(error, SyncFailed):
@@ -89,8 +109,7 @@ class Receiver:
 
     async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
         channel.report_group(payload["engine"], self._group)
-        while (group := channel.poll_go()) is None:
-            await asyncio.sleep(POLL_S)
+        group = await _told(channel.poll_go)
         if group == self._group:
             return
         await self._client.leave_group(self._group)
@@ -111,9 +130,14 @@ class Receiver:
             await self._client.receive(self._group, bucket)
         if session:
             await self._client.end_update()
-        while (fingerprint := channel.poll_fingerprint()) is None:
-            await asyncio.sleep(POLL_S)
-        return fingerprint
+        return await _told(channel.poll_fingerprint)
+
+
+async def _told(poll: Callable[[], T | None]) -> T:
+    """What the trainer says, once it does; whoever waits has a deadline around."""
+    while (said := poll()) is None:
+        await asyncio.sleep(POLL_S)
+    return said
 
 
 def target_of(info: Mapping[str, Any]) -> WeightTarget:

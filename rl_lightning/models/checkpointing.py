@@ -3,7 +3,8 @@
 | level | a layer keeps, in numbers a token | it computes again |
 |---|---|---|
 | `none` | everything that the backward pass reads: 4 D + 3 A + 4 K + 3 I | nothing |
-| `selective` | its input, and what attention and its matrices give: 2 D + 2 A + 2 K | the MLP's wide matrices |
+| `light` | its input, what attention gives and the matrix products: 2 D + 2 A + 2 K + 2 I | norms, rotation, activation |
+| `selective` | the same without the MLP's products: 2 D + 2 A + 2 K | these and the MLP's wide products |
 | `full` | its input: D | everything |
 
 D: hidden size, A: query heads x head size, K: key/value heads x head size, I: width of the MLP.
@@ -25,9 +26,12 @@ from rl_lightning.models.memory import spare_gpu_bytes
 from rl_lightning.models.sharding import piece_size
 from rl_lightning.models.varlen import ATTENTION_OP
 
-Level = Literal["none", "selective", "full"]
-Checkpointing = Literal["none", "selective", "full", "auto"]
+Level = Literal["none", "light", "selective", "full"]
+Checkpointing = Literal["none", "light", "selective", "full", "auto"]
 """A level for all layers; `auto`: for each layer the one that memory allows."""
+
+LADDER: tuple[tuple[Level, Level], ...] = (("selective", "full"), ("light", "selective"), ("none", "light"))
+"""Each level with the one below it, in the order in which memory pays: most computation saved for a byte first."""
 
 EAGER_FACTOR = 1.5
 """Layers that are not compiled keep about half as much again (Qwen3-1.7B: 113 against 74 KB a token and layer)."""
@@ -68,16 +72,17 @@ def plan_levels(model: Any, n_tokens: int, spare_bytes: float, *, element: int =
         compiled: whether the layers are compiled.
     """
     config = next(module.config for module in model.modules() if hasattr(module, "config"))
-    n_layers, kept = len(decoder_layers(model)), kept_numbers(config)
-    price = {level: kept[level] * element * n_tokens * (1.0 if compiled else EAGER_FACTOR) for level in kept}
-    price["full"] = float(kept["full"] * element * n_tokens)
-    spare = spare_bytes - n_layers * price["full"] - 2 * price["none"]  # the layer at work keeps all of it, and its gradients
-    n_selective = _afford(spare, price["selective"] - price["full"], n_layers)
-    spare -= n_selective * (price["selective"] - price["full"])
-    n_none = _afford(spare, price["none"] - price["selective"], n_selective)
-    levels: list[Level] = ["none"] * n_none
-    levels += ["selective"] * (n_selective - n_none)
-    return levels + ["full"] * (n_layers - n_selective)
+    kept, factor = kept_numbers(config), 1.0 if compiled else EAGER_FACTOR
+    price = {level: kept[level] * element * n_tokens * (1.0 if level == "full" else factor) for level in kept}
+    levels: list[Level] = ["full"] * len(decoder_layers(model))
+    spare = (
+        spare_bytes - len(levels) * price["full"] - 2 * price["none"]
+    )  # the layer at work keeps all of it, and its gradients
+    for level, below in LADDER:  # a step up for as many layers as can have it, before any layer gets the next
+        extra = price[level] - price[below]
+        for i in [i for i, present in enumerate(levels) if present == below][: max(0, int(spare // extra))]:
+            levels[i], spare = level, spare - extra
+    return levels
 
 
 def activation_bytes(models: Sequence[nn.Module], device: torch.device) -> float:
@@ -99,21 +104,18 @@ def kept_numbers(config: Any) -> dict[Level, int]:
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
     return {
         "none": 4 * hidden + 3 * queries + 4 * keys + 3 * config.intermediate_size,
+        "light": 2 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size,
         "selective": 2 * hidden + 2 * queries + 2 * keys,
         "full": hidden,
     }
-
-
-def _afford(spare: float, price: float, most: int) -> int:
-    return max(0, min(most, int(spare // price)))
 
 
 @cache
 def _checkpointed(kind: Any, level: Level) -> type[nn.Module]:
     """`kind` whose forward pass is checkpointed: one class for all layers, so that they share their compiled code."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if level == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    if level != "full":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, keeps_wide=level == "light"))
 
     def forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(partial(kind.forward, self, **kwargs), hidden, *args, **options)
@@ -121,12 +123,15 @@ def _checkpointed(kind: Any, level: Level) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "plain_kind": kind})
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keeps attention and its matrices' products. The MLP's are much to keep, or not read by the backward pass."""
+def _policy(ctx: Any, op: Any, *args: Any, keeps_wide: bool, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps attention and products of about square matrices; the MLP's wide ones too if `keeps_wide`.
+
+    What its narrowing matrix gives is read by no backward pass.
+    """
     if op == ATTENTION_OP:
         return CheckpointPolicy.MUST_SAVE
     if op in MATRIX_PRODUCTS:
         n_in, n_out = args[-1].shape
-        if n_out <= 2 * n_in and n_in <= 2 * n_out:
+        if n_in <= 2 * n_out and (keeps_wide or n_out <= 2 * n_in):
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
+
+MOST_GRAPHS = 64
+"""Of one piece of code: actor, critic and reference, each with and without gradient, times levels of checkpointing."""
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -20,6 +24,7 @@ def compile_layers(model: nn.Module) -> None:
 
     Attention is one operator of it, so nothing in the code depends on how many sequences there are or how long they are.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for layer in decoder_layers(model):
         if layer._compiled_call_impl is not None:
             continue

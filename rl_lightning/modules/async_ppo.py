@@ -49,8 +49,9 @@ class AsyncPPOModule(PolicyObjective):
         ppo: what is optimised.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
-            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which groups are dealt to minibatches, and of new adapters.
         logprob_diff_limit: engine and trainer disagree on a token if their log-probabilities differ by more.
@@ -271,6 +272,7 @@ class AsyncPPOModule(PolicyObjective):
             assert entropy is not None
             if micro.is_empty:
                 return logprobs.sum() * 0.0
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             prox = policy.learn_prox(micro, logprobs) if is_first and policy.keep is None else None
             loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox))
             self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})

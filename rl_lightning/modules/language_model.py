@@ -52,8 +52,9 @@ class LanguageModule(LightningModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training; engines get them in their own.
-        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
-            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU only.
         seed: of the order in which sequences are dealt to minibatches, and of new adapters.
         lora: train adapters instead of the model's own weights; None: train all weights.
@@ -301,11 +302,20 @@ class LanguageModule(LightningModule):
             statistics.add_mean(name, norm, 1.0)
 
     def record(self, statistics: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks."""
+        """Publishes the step's statistics: to loggers at the finished step's number, and as attributes for callbacks.
+
+        Not by `self.log`, which takes a millisecond for each number, and on a GPU waits for it.
+        """
         graphs, self._graphs = compiled_graphs() - self._graphs, compiled_graphs()
         self.step_statistics, self.step_histograms = {**statistics, "compiled_graphs": float(graphs)}, dict(histograms)
-        step = float(self.trainer.global_step)
-        self.log_dict({**self.step_statistics, "step": step}, on_step=True, on_epoch=False, batch_size=1)
+        numbers = {name: torch.tensor(value) for name, value in self.step_statistics.items()}
+        trainer: Any = self.trainer  # Any: it sets some of its attributes outside of its class
+        trainer.callback_metrics.update(numbers)
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            trainer.logged_metrics.update(numbers)
+            for target in trainer.loggers:
+                target.log_metrics(dict(self.step_statistics), step=trainer.global_step)
+                target.save()
 
     @property
     def learning_rate(self) -> float:

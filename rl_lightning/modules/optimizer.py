@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rl_lightning.models.sharding import by_mesh, whole
+from rl_lightning.models.sharding import by_mesh, is_sharded, whole
 from rl_lightning.modules.master_weights import MasterWeights
 
 
@@ -29,7 +29,8 @@ class OptimizerConfig:
         eps: AdamW's epsilon.
         weight_decay: on matrices; vectors (norms, biases) are not decayed.
         gradient_clipping: largest norm of the gradient over all parameters; 0 for none.
-        master_weights: keep float32 copies of half-precision weights, and update those; of no effect on float32 weights.
+        master_weights: keep float32 copies of half-precision weights, and update those; of no effect on float32 weights, nor on
+            sharded ones, whose own way to the same is `trainer.precision=bf16-mixed`.
     """
 
     lr: float = 2e-5
@@ -60,8 +61,8 @@ class OptimizerConfig:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-        is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained)
-        kind = MasterWeights if self.master_weights and is_half else AdamW
+        are_half = any(p.dtype in (torch.float16, torch.bfloat16) and not is_sharded(p) for p in trained)
+        kind = MasterWeights if self.master_weights and are_half else AdamW
         return kind([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def make_scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:

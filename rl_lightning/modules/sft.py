@@ -24,8 +24,9 @@ class SFTModule(LanguageModule):
         optimizer: how weights are updated.
         max_tokens_per_mb: most tokens of one forward and backward pass.
         dtype: type of the weights under training.
-        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `selective` (the
-            MLPs), `full` (or true; all of the layers), or `auto`: of each layer as little as the GPU's memory allows.
+        gradient_checkpointing: what the backward pass computes again instead of keeping it: `none` (or false), `light` (all but
+            matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
+            `auto`: of each layer as little as the GPU's memory allows.
         lora: train adapters instead of the model's own weights; None: train all weights.
         compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.
     """
@@ -62,6 +63,7 @@ class SFTModule(LanguageModule):
             logprobs, _ = self.score(micro)
             if micro.is_empty:
                 return logprobs.sum() * 0.0
+            statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             statistics.add_sum("loss", -logprobs.detach().double().sum() / normalizer)
             return -logprobs.sum() / normalizer
 

@@ -108,7 +108,7 @@ class RolloutDataModule(LightningDataModule):
         group_filter: Callable[[RolloutGroup], bool] | None = None,
         max_rejections: int = 1000,
         workflow: Workflow | None = None,
-        weight_transport: Literal["auto", "disk", "object_store", "distributed"] = "auto",
+        weight_transport: Literal["auto", "disk", "object_store", "distributed", "tensor"] = "auto",
         sync_timeout_s: float = 300.0,
         batch_timeout_s: float = 10800.0,
         lease_timeout_s: float = 5400.0,
@@ -254,6 +254,13 @@ class RolloutDataModule(LightningDataModule):
         n_prompts, timeout_s, agree = len(self.validation_prompts), self.batch_timeout_s, self._agree()
         return EvaluationLoader(self.fleet, self._step, n_prompts, rank, world_size, timeout_s, self._resync, agree)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """A synchronous trainer has the GPU to itself while it works, as far as an engine on it can make room."""
+        synchronous = self._trainer.training and self.gate.max_head_offpolicyness == 0
+        if synchronous and getattr(self.engine, "colocated", False):
+            self._clear_gpu()
+        return batch
+
     def teardown(self, stage: str) -> None:
         """Ends engines, rewards and actors."""
         if self.fleet is not None:
@@ -375,6 +382,15 @@ class RolloutDataModule(LightningDataModule):
         if self.gpus_per_engine is not None:
             return self.gpus_per_engine
         return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+    def _clear_gpu(self) -> None:
+        import ray
+
+        assert self.fleet is not None
+        asked = [handle.yield_memory.remote(self.sync_timeout_s) for _, handle in self.fleet.call("workers")]
+        _, late = ray.wait(asked, num_returns=len(asked), timeout=self.sync_timeout_s) if asked else ([], [])
+        if late:
+            logger.warning("%d engines did not let go of their memory within %.0f s", len(late), self.sync_timeout_s)
 
     def _ranks(self) -> tuple[int, int]:
         """(rank, world size) of data parallelism."""

@@ -81,7 +81,7 @@ def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[Rollou
 
 
 def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
-    """Answers may be waited for anew only by a rank that waits for itself.
+    """Answers may be waited for anew only by a rank that waits for itself, and whose share no other rank has too.
 
     Raises:
         StepLostError: all ranks wait together, and those that have their answers have gone on.

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.engine import EngineError, YieldsMemory
 from rl_lightning.rollout.controller import GroupFilterError, GroupRecord
 from rl_lightning.types import Lease, RolloutGroup
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
@@ -136,6 +136,15 @@ class RolloutWorker:
         except EngineError as error:
             self._engine_failed(error)
             raise
+
+    async def yield_memory(self) -> None:
+        """Has an engine that can let go of its memory until the next update; see `YieldsMemory`."""
+        if self._failure is None or not isinstance(self.engine, YieldsMemory):
+            return
+        try:
+            await self.engine.yield_memory()
+        except EngineError as error:
+            self._engine_failed(error)
 
     # -- serving
 
@@ -350,6 +359,11 @@ class RolloutWorkerActor:
             raise EngineError(
                 f"{self.settings.name}: weights of version {update.version} not loaded within {timeout_s:.0f} s"
             ) from None
+
+    def yield_memory(self, timeout_s: float) -> None:
+        """See `RolloutWorker.yield_memory`."""
+        if self.worker is not None:
+            asyncio.run_coroutine_threadsafe(self.worker.yield_memory(), self._loop).result(timeout_s)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the engine and the rewards; returns when their processes are gone."""

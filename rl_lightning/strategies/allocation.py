@@ -128,8 +128,12 @@ def check_supported(allocation: Allocation) -> None:
         ValueError: names the part and what to write instead.
     """
     where = f"allocation_mode={str(allocation)!r}"
-    if allocation.colocated:
-        raise ValueError(f"{where}: generation and training on the same GPUs is not supported yet; give each its own with '+'")
+    generation = allocation.generation
+    if allocation.colocated and (generation is None or generation.size != generation.data or generation.size != allocation.size):
+        raise ValueError(
+            f"{where}: engines that share GPUs with training have one GPU each, all of them; write d{allocation.size}p1m1 for "
+            f"generation, or give each side its own GPUs with '+'"
+        )
     if allocation.engine == "vllm":
         raise ValueError(f"{where}: there is no vLLM engine; write 'sglang.' instead of 'vllm.'")
     for name, layout in _parts(allocation).items():

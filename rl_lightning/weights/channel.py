@@ -8,6 +8,8 @@ key-value store that the trainer serves, and while data moves either side looks 
 | `SYNC/group/ENGINE` | engine | which process group its server is in ("" for none) |
 | `SYNC/go` | trainer | the group to use; a server that is in another one joins it now |
 | `SYNC/fingerprint` | trainer | all was sent, and this is what an engine must hold now |
+| `SYNC/bucket/I/ENGINE` | trainer | where the engine's ranks find bucket I in memory |
+| `SYNC/taken/I/ENGINE` | engine | it has copied bucket I |
 | `SYNC/failed` | either | why this transfer will not happen |
 """
 
@@ -16,9 +18,9 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rl_lightning.weights.transport import Fingerprint, Refusal, Sample, no_refusal
 
@@ -64,6 +66,13 @@ def connect_store(host: str, port: int) -> TCPStore:
         raise TimeoutError(f"the trainer's store at {host}:{port} was not reached within {CONNECT_TIMEOUT_S:.0f} s") from error
 
 
+def own_address() -> str:
+    """Ray's address of this node, which other nodes reach, or the loopback address where Ray does not run."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
 class SyncChannel:
     """One transfer's keys in the store.
 
@@ -79,6 +88,7 @@ class SyncChannel:
         self._store = store
         self._sync = sync
         self._asked_s = 0.0
+        self._long: list[str] = []
         self.refusal: Refusal = no_refusal
 
     def report_group(self, engine: int, group: str) -> None:
@@ -103,9 +113,30 @@ class SyncChannel:
         """
         return self._poll("go")
 
+    def give_bucket(self, bucket: int, engine: int, handles: Sequence[str]) -> None:
+        """Trainer: here is a bucket, one handle for each of the engine's ranks."""
+        self._set_long(f"bucket/{bucket}/{engine}", handles)
+
+    def poll_bucket(self, bucket: int, engine: int) -> list[str] | None:
+        """Engine: the handles of a bucket, or None if it is not there yet. Does not block.
+
+        Raises:
+            SyncFailed: the trainer gave up.
+        """
+        given = self._poll(f"bucket/{bucket}/{engine}")
+        return None if given is None else json.loads(given)
+
+    def report_taken(self, bucket: int, engine: int) -> None:
+        """Engine: I have copied it."""
+        self._store.set(f"{self._sync}/taken/{bucket}/{engine}", "")
+
+    def is_taken(self, bucket: int, engines: range) -> bool:
+        """Trainer: whether all `engines` have copied it."""
+        return bool(self._store.check([f"{self._sync}/taken/{bucket}/{engine}" for engine in engines]))
+
     def tell_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Trainer: every weight was sent."""
-        self._store.set(f"{self._sync}/fingerprint", json.dumps(fingerprint))
+        self._set_long("fingerprint", fingerprint)
 
     def poll_fingerprint(self) -> Fingerprint | None:
         """Engine: what was sent, or None if that is not yet said. Does not block.
@@ -130,6 +161,16 @@ class SyncChannel:
                 return reason
         key = f"{self._sync}/failed"
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def clear(self) -> None:
+        """Trainer: nobody will ask any more. The store would keep all that was ever said otherwise."""
+        for key in self._long:
+            self._store.delete_key(key)
+        self._long.clear()
+
+    def _set_long(self, key: str, value: Any) -> None:
+        self._store.set(f"{self._sync}/{key}", json.dumps(value))
+        self._long.append(f"{self._sync}/{key}")
 
     def _poll(self, key: str) -> str | None:
         if (reason := self.failure()) is not None:

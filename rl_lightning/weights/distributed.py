@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
-from rl_lightning.weights.channel import SyncChannel, SyncFailed, serve_store
+from rl_lightning.weights.channel import SyncChannel, SyncFailed, own_address, serve_store
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource, WeightSpec
 from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
@@ -65,7 +65,7 @@ class DistributedTransport:
         """The plan of a broadcast to `targets`, whose ranks follow each other from 1 on in that order."""
         self._weights = weights = in_dtype_of(targets, weights)
         if self._store is None:
-            self._host = self._host or _own_address()
+            self._host = self._host or own_address()
             self._store = serve_store(self._host)
         if self._backend is None:
             self._backend = "nccl" if torch.cuda.is_initialized() else "gloo"
@@ -109,8 +109,10 @@ class DistributedTransport:
                 pass
 
     def release(self) -> None:
-        """Forgets the tensors."""
+        """Forgets the tensors, and what was told of them."""
         self._weights = None
+        if self._channel is not None:
+            self._channel.clear()
 
     def close(self) -> None:
         """Leaves the group and ends the store."""
@@ -250,10 +252,3 @@ def describe(specs: Sequence[WeightSpec]) -> dict[str, Any]:
 def flatten(bucket: Bucket) -> Tensor:
     """(bytes,) uint8: the tensors' memory end to end."""
     return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
-
-
-def _own_address() -> str:
-    """Ray's address of this node, which other nodes reach, or the loopback address where Ray does not run."""
-    import ray
-
-    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"

@@ -223,6 +223,10 @@ def make_transport(name: str) -> WeightTransport:
         from rl_lightning.weights.object_store import ObjectStoreTransport
 
         return ObjectStoreTransport()
+    if name == "tensor":
+        from rl_lightning.weights.tensor import TensorTransport
+
+        return TensorTransport()
     from rl_lightning.weights.distributed import DistributedTransport
 
     return DistributedTransport()

@@ -50,7 +50,7 @@ class WeightUpdate:
 
     Attributes:
         version: the version that becomes live.
-        transport: `disk`, `object_store` or `distributed`; says how to read `payload`.
+        transport: `disk`, `object_store`, `distributed` or `tensor`; says how to read `payload`.
         payload: plain data: a folder; object references; or the plan of a collective.
         fingerprint: what the engine must hold afterwards; None where the values are not known yet: it follows them.
     """

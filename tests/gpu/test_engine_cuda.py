@@ -128,7 +128,7 @@ def test_the_engine_says_what_the_trainer_says(served: Served) -> None:
     assert differences.mean() < 0.05 and differences.max() < 0.5, (differences.mean(), differences.max())
 
 
-@pytest.mark.parametrize("transport", ["disk", pytest.param("distributed", marks=two_gpus)])
+@pytest.mark.parametrize("transport", ["disk", "tensor", pytest.param("distributed", marks=two_gpus)])
 def test_weights_arrive_while_answers_are_generated(served: Served, transport: str) -> None:
     device = "cuda:1" if transport == "distributed" else DEVICE
     served.publish(0, transport, device)

@@ -74,7 +74,8 @@ def test_compiled_layers_are_compiled_once(tmp_path: Path) -> None:
         hidden = model.base_model(
             input_ids=ids.unsqueeze(0), position_ids=layout.positions.unsqueeze(0), layout=layout, use_cache=False
         ).last_hidden_state
-        hidden.float().square().mean().backward()
+        direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to("cuda")
+        (hidden.float() * direction).sum().backward()  # a norm comes last: squares of its output would have no gradient
         return hidden.detach(), model.base_model.layers[0].mlp.up_proj.weight.grad.clone()
 
     lengths = [[100, 28, 300], [65], [17, 1000, 3, 40, 8], [500, 500]]

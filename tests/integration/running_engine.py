@@ -19,12 +19,18 @@ from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import DistributedTransport
 from rl_lightning.weights.object_store import ObjectStoreTransport
 from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.tensor import TensorTransport
 
 VOCABULARY = CHARACTERS + "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
 """So large that a random model almost never samples the end of sequence by itself."""
 
 PROMPT = (5, 6, 7, 8, 9)
-TRANSPORTS = {"disk": DiskTransport, "distributed": DistributedTransport, "object_store": ObjectStoreTransport}
+TRANSPORTS = {
+    "disk": DiskTransport,
+    "distributed": DistributedTransport,
+    "object_store": ObjectStoreTransport,
+    "tensor": TensorTransport,
+}
 
 
 class Running:

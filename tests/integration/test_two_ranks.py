@@ -78,7 +78,8 @@ def train(folder: str, out: str, batches: Sequence[Sequence[RolloutGroup]], ppo:
     module = Exact(folder, ppo=PPOConfig(**ppo), **model)
     trainer = fit(module, [collate(groups, version=step) for step, groups in enumerate(batches)], **options)
     if trainer.is_global_zero:
-        statistics = {k: v for k, v in module.step_statistics.items() if not k.startswith("time/")}
+        of_cutting = ("time/", "packing_efficiency")  # depend on how many ranks there are
+        statistics = {k: v for k, v in module.step_statistics.items() if not k.startswith(of_cutting)}
         reference = {} if module.reference is None else module.reference.state_dict()
         weights = module.state_dict() | {f"reference.{name}": weight for name, weight in reference.items()}
         torch.save((weights, statistics, module.step_histograms, trainer.global_step), out)

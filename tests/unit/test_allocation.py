@@ -121,11 +121,13 @@ def test_what_cannot_run_yet_is_refused_with_the_way_out() -> None:
     check_supported(parse_allocation("sglang.d4p1m1+d4p1m1"))
     check_supported(parse_allocation("d4p1m1"))
     check_supported(parse_allocation("sglang.d2p2m2+d2p1m4"))
+    check_supported(parse_allocation("sglang.d1p1m1|d1p1m1"))
+    check_supported(parse_allocation("sglang.d4p1m1|d2p1m2"))
     refused = {
         "sglang.d4p1m1+d2p2m1": "training .* p2; write d4p1m1",
         "sglang.d4p1m1+actor_train:d1p2m2,*:d4p1m1": r"training \(actor_train\) has p2; write d2p1m2",
-        "sglang.d4p1m1|d4p1m1": "same GPUs",
-        "sglang.d1p1m1|d1p1m1": "same GPUs",
+        "sglang.d2p1m2|d4p1m1": "share GPUs .* write d4p1m1 for generation",
+        "sglang.d2p1m1|d4p1m1": "share GPUs .* write d4p1m1 for generation",
         "vllm.d4p1m1+d4p1m1": "no vLLM engine",
     }
     for text, reason in refused.items():

@@ -315,6 +315,16 @@ def test_servers_of_several_gpus_follow_from_the_allocation():
     assert data.engine.server_args == {"tp_size": 2, "pp_size": 2}
 
 
+@pytest.mark.parametrize(("n", "transport"), [(1, "tensor"), (4, "disk")])
+def test_colocated_engines_and_ranks_share_each_gpu(n: int, transport: str):
+    cli = allocate(f"sglang.d{n}p1m1|d{n}p1m1", f"--run.n_gpus_per_node={n}", "--trainer.strategy=ray", model=AUTO_ENGINE)
+    data: Any = cli.datamodule
+    strategy: Any = cli.trainer.strategy
+    assert data.engine.colocated and data.transport_name == transport
+    assert (data.num_engines, strategy.num_workers) == (n, n)
+    assert data.gpus_per_engine + strategy.num_gpus_per_worker == 1.0 and strategy.num_gpus_per_worker > 0.5
+
+
 def test_the_engine_is_the_one_that_the_allocation_names():
     data: Any = allocate("torch.d4p1m1+d4p1m1", model=AUTO_ENGINE).datamodule
     assert type(data.engine).__name__ == "TorchEngine"

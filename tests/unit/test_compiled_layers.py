@@ -64,7 +64,7 @@ def test_compiled_once_for_all_lengths(level: Any, tmp_path: Path) -> None:
     assert compiled_graphs() == graphs + 1
 
 
-@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("level", ["light", "selective", "full"])
 def test_checkpointing_changes_no_gradient_and_can_be_undone(level: Any, tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, "qwen3"), dtype="float64")
     module.configure_model()
@@ -79,7 +79,7 @@ def test_more_memory_means_less_recomputation(tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, "qwen3", num_hidden_layers=8))
     module.configure_model()
     kept, n_tokens = kept_numbers(module.model.config), 1000
-    rank = {"none": 0, "selective": 1, "full": 2}
+    rank = {"none": 0, "light": 1, "selective": 2, "full": 3}
     before = plan_levels(module.model, n_tokens, 0.0)
     assert set(before) == {"full"}
     for spare in torch.linspace(0, 1.2 * 2 * n_tokens * kept["none"] * 10, 40).tolist():

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_samples import make_batch, make_groups
+from training_samples import Alone, fit, make_batch, make_groups, write_model
 
 from rl_lightning.batching.balance import balance
 from rl_lightning.batching.collate import collate
 from rl_lightning.batching.micro_batch import make_micro_batch, pack_micro_batches
 from rl_lightning.batching.packing import pack
+from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 
@@ -115,3 +119,19 @@ def test_sequences_off_the_loss_go_nowhere_and_pieces_are_split_on_demand() -> N
     batch.loss_mask[: batch.cu_seqlens[1]] = False
     packed = pack_micro_batches(batch, range(batch.n_seqs), 1000, min_groups=7, share_prompts=True)
     assert sorted(s for chosen in packed for s in chosen) == list(range(1, batch.n_seqs)) and len(packed) == 7
+
+
+@pytest.mark.parametrize("budget", [8192, 16384, 32768])
+@pytest.mark.parametrize("sigma", [0.9, 1.2])
+def test_long_tailed_lengths_fill_their_micro_batches(budget: int, sigma: float) -> None:
+    rng = random.Random(0)
+    lengths = [max(16, min(8192, round(1024 * rng.lognormvariate(0, sigma)))) for _ in range(512)]
+    micro_batches = pack(lengths, budget)
+    assert sum(lengths) / (len(micro_batches) * budget) > 0.95
+
+
+def test_the_step_says_how_full_its_micro_batches_were(tmp_path: Path) -> None:
+    batch = make_batch(prompt_lens=(4, 5), answer_lens=(6, 7), n_groups=3)
+    module = Alone(write_model(tmp_path), ppo=PPOConfig(n_minibatches=1), max_tokens_per_mb=40, share_prompts=False)
+    fit(module, [batch])
+    assert module.step_statistics["packing_efficiency"] == pytest.approx(12 * 9 / (3 * 40)), "4 + 6 tokens, the last is not run"

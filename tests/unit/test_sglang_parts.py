@@ -18,7 +18,7 @@ from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang import SGLangEngine
-from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env
+from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env, sharing_args
 from rl_lightning.engines.sglang_client import SGLangClient, Shown, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
 from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
@@ -147,11 +147,23 @@ def test_server_arguments_pass_through_and_win() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"server_args": {"port": 1}}, {"url": "http://x", "server_args": {"a": 1}}, {"new_tokens_per_chunk": 0}],
+    [
+        {"server_args": {"port": 1}},
+        {"url": "http://x", "server_args": {"a": 1}},
+        {"new_tokens_per_chunk": 0},
+        {"url": "http://x", "colocated": True},
+    ],
 )
 def test_contradictory_settings_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="SGLangEngine|new_tokens_per_chunk"):
         SGLangEngine(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_server_beside_a_trainer_takes_less_memory_and_says_why_where_it_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert sharing_args("cuda", saver=True) == {"enable_memory_saver": True, "mem_fraction_static": 0.4}
+    assert not caplog.records
+    assert sharing_args("cuda", saver=False) == {"mem_fraction_static": 0.2} and "torch_memory_saver" in caplog.text
+    assert SGLangEngine(device="cuda", colocated=True).transports == ("tensor", "disk")
 
 
 def test_an_engine_travels_to_its_worker() -> None:

@@ -1,0 +1,62 @@
+"""Where the time of one training step goes, from torch's profiler: shares by kind of kernel, and the longest kernels."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+KINDS = {
+    "attention": r"flash|fmha|varlen",
+    "matrix products": r"gemm|cutlass|cublas|nvjet|xmma|ampere_|sm90_|hopper",
+    "optimiser": r"multi_tensor|adam|foreach",
+    "copies": r"memcpy|memset|copy_",
+    "layers, compiled": r"^triton_",
+    "elementwise, gather, reduce": r"elementwise|reduce|index|gather|scatter|softmax|embedding|sort|cat|fill",
+}
+"""By kind the pattern of its kernels' names; the first that fits."""
+
+
+def profile_step(step: Callable[[], None], top: int = 15) -> dict[str, Any]:
+    """Seconds of `step` by kind of kernel, the time without a kernel, and the `top` longest kernels.
+
+    Seconds are those under the profiler, which a step with many small kernels feels; shares are of them.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        wall_s = time.perf_counter() - started
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            seconds, count = kernels.get(event.name, (0.0, 0))
+            kernels[event.name] = (seconds + event.device_time * 1e-6, count + 1)
+    shares = dict.fromkeys([*KINDS, "other"], 0.0)
+    for name, (seconds, _) in kernels.items():
+        shares[kind_of(name)] += seconds / wall_s
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:top]
+    return {
+        "seconds": round(wall_s, 4),
+        "shares": {kind: round(share, 4) for kind, share in shares.items()} | {"idle": round(1 - sum(shares.values()), 4)},
+        "kernels": [{"name": name[:160], "kind": kind_of(name), "s": round(s, 5), "calls": n} for name, (s, n) in longest],
+    }
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"{profile['seconds']:.3f} s under the profiler.", "", "| kind | share |", "|---|---|"]
+    lines += [f"| {kind} | {share:.1%} |" for kind, share in profile["shares"].items()]
+    lines += ["", "| kernel | kind | ms | calls |", "|---|---|---|---|"]
+    lines += [f"| `{k['name'][:80]}` | {k['kind']} | {k['s'] * 1000:.1f} | {k['calls']} |" for k in profile["kernels"]]
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""What the GPU benchmarks make of their measurements; the measurements themselves need GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+sys.path[:0] = [str(GPU), str(GPU.parent)]
+
+import async_vs_sync  # noqa: E402
+import gpu_20_steps  # noqa: E402
+import learning  # noqa: E402
+from learning_imitator import Imitator, write_examples, write_model  # noqa: E402
+from long_tail import LongTail, RandomPrompts  # noqa: E402
+
+from rl_lightning.prompts.supervised import SupervisedJsonl  # noqa: E402
+from rl_lightning.prompts.tokenizer import load_tokenizer  # noqa: E402
+
+
+def step(number: int, seconds: float, tokens: int, **more: Any) -> dict[str, Any]:
+    return {"step": number, "measured": number > 1, "seconds": seconds, "tokens": tokens, "wait_s": seconds / 4, **more}
+
+
+def test_a_turn_is_summed_up_over_its_measured_steps() -> None:
+    steps = [step(1, 100.0, 1), step(2, 1.0, 100, engine_idle_s=0.5), step(3, 3.0, 700, engine_idle_s=0.5)]
+    result = async_vs_sync.summary(steps)
+    assert (result["n_steps"], result["tokens_per_s"], result["seconds"]) == (2, 200.0, 2.0)
+    assert (result["trainer_idle"], result["engine_idle"]) == (0.25, 0.25)
+    assert async_vs_sync.summary(steps[:1]) == {}
+
+
+def test_the_bound_is_the_slower_side_and_not_known_without_both() -> None:
+    engine, trainer = {"engine alone": {"tokens_per_s": 9.0}}, {"trainer alone": {"tokens_per_s": 4.0}}
+    assert async_vs_sync.bound({**engine, **trainer}) == 4.0
+    assert async_vs_sync.bound(engine) is None and async_vs_sync.bound({**engine, "trainer alone": {}}) is None
+
+
+def test_the_table_compares_with_eta_0_and_with_the_bound() -> None:
+    turns = {"engine alone": 10.0, "trainer alone": 4.0, "0": 1.5, "4": 3.0}
+    rows = async_vs_sync.table({name: {"tokens_per_s": rate} for name, rate in turns.items()}).splitlines()
+    assert rows[-1].startswith("| eta 4 | 3 |") and rows[-1].endswith("| 2.00 | 0.75 |")
+    assert rows[2].startswith("| engine alone | 10 |") and rows[2].endswith("| - | - |")
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_the_rival_is_two_gpus_of_one_that_does_both() -> None:
+    document = {"command": "python ...", "turns": {"0": {"tokens_per_s": 5.0, "seconds": 2.0}, "4": {"tokens_per_s": 6.0}}}
+    assert async_vs_sync.rival(document) == {"tokens_per_s": 10.0, "seconds": 2.0, "command": "python ..."}
+
+
+def test_only_the_workers_own_lines_are_read() -> None:
+    lines = ["Seed set to 1\n", '{"turn": "4", "step": 1}\n', '{"other": 1}\n', '{"turn": "4", "took_s": 2.0}\n']
+    assert list(async_vs_sync.reports(lines)) == [{"turn": "4", "step": 1}, {"turn": "4", "took_s": 2.0}]
+
+
+def test_lengths_are_lognormal_and_a_function_of_the_seed() -> None:
+    tail = LongTail(median=256, sigma=0.9, longest=2048)
+    lengths = np.array([tail.length(seed) for seed in range(4000)])
+    assert [tail.length(seed) for seed in range(4000)] == lengths.tolist()
+    assert np.median(lengths) == pytest.approx(256, rel=0.1) and lengths.max() == 2048 and lengths.min() >= 1
+    assert np.log(lengths[lengths < 2048]).std() == pytest.approx(0.9, rel=0.1)
+
+
+def test_prompts_are_of_one_length_and_a_function_of_their_number() -> None:
+    prompts = RandomPrompts(10)
+    assert len(prompts[3].token_ids) == RandomPrompts.max_prompt_len and prompts[3] == RandomPrompts(10)[3] != prompts[4]
+
+
+def test_rates_of_steps_are_averaged_over_time() -> None:
+    steps = [{"time/step": 1.0, "throughput/mfu": 0.2}, {"time/step": 3.0, "throughput/mfu": 0.4}]
+    for measured, rate in zip(steps, (100.0, 200.0), strict=True):
+        measured["throughput/trained_tokens_per_s"] = rate
+    result = gpu_20_steps.means(steps)
+    assert result == {"time/step": 2.0, "throughput/mfu": 0.3, "throughput/trained_tokens_per_s": 175.0}
+    assert gpu_20_steps.table([{"step": 1.0, **steps[0]}], result).count("\n") == 3
+
+
+def test_the_curves_table_tells_when_shares_were_reached() -> None:
+    validations = [{"seconds": 10.0 * i, "accuracy": share} for i, share in enumerate((0.2, 0.45, 0.55, 0.7))]
+    steps = [{"seconds": 15.0 * i, "head_offpolicyness_max": 3.0} for i in (1, 2)]
+    row = learning.table({4: {"validations": validations, "steps": steps}, 0: {"validations": [], "steps": []}}).splitlines()[2:]
+    assert row == ["| 4 | 2 | 30.0 | 15.00 | 0.200 | 0.700 | 20.0 | - | 3 |", "| 0 | - | - | - | - | - | - | - | - |"]
+
+
+def test_the_imitators_accuracy_is_the_probability_of_whole_right_answers(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", cpu=True)
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"]}
+    _, path = write_examples(tmp_path / "examples", 4, options)
+    examples = SupervisedJsonl(path)
+    examples.setup(load_tokenizer(str(model)))
+    module, logged = Imitator(str(model)), dict[str, float]()
+    module.configure_model()
+    module.log = lambda name, value, **options: logged.update({name: value})  # type: ignore[method-assign]
+    module.on_validation_epoch_start()
+    module.validation_step(examples.batch([0, 1, 2]), 0)
+    module.on_validation_epoch_end()
+    expected = []
+    for prompt, answer in (examples[i] for i in range(3)):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logprobs = module.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected.append(float(logprobs.gather(1, ids[0, len(prompt) :, None]).sum().exp()))
+    assert logged["val_accuracy"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_what_follows_from_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(*words: str) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["async_vs_sync.py", *words])
+        return async_vs_sync.parse()
+
+    apart, together = parsed(), parsed("--layout", "colocated")
+    assert (apart.engine_gpu, apart.trainer_gpu, apart.transport) == (0, 1, "distributed")
+    assert (together.engine_gpu, together.trainer_gpu, together.transport) == (0, 0, "tensor")
+    assert parsed("--cpu").engine_gpu is None and parsed("--shape", "1.7b").checkpointing == "full"
