@@ -189,9 +189,9 @@ def page(measured: dict[str, Any]) -> str:
     return f"""# What faults cost
 
 Each fault was done to a run of {N_PROMPTS} prompts with two engines and a rank, on nodes that are all one machine, shared with
-other work. Every run ended well, and every prompt was trained on exactly once (read from the rollout log). *Noticed*: the first
-effect in the run's log; *trains on*: the first step that ended after that. Silence counts as death after `worker_timeout_s`, 5 s
-here and 60 s by default.
+other work: most of the seconds are Python, torch and Ray starting on its cores. Every run whose driver lived ended well, with
+every prompt trained on exactly once (read from the rollout log). *Noticed*: the first effect in the run's log; *trains on*: the
+first step that ended after that. Silence counts as death after `worker_timeout_s`, 5 s here and 60 s by default.
 
 {table(outcomes)}
 

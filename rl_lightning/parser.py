@@ -19,6 +19,7 @@ UNKNOWN = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option
 UNRECOGNISED = re.compile(r"unrecognized arguments: (?:--)?(?P<option>[^\s=]+)")
 UNIMPORTABLE = re.compile(r"No module named|module '.*' has no attribute")
 EXPECTED = re.compile(r"Expected an? (?P<kind>.+?)(?:\. Got value: (?P<value>.*)|: (?P<name>.*))?$")
+STRATEGIES = {"ray": "RayStrategy", "ray_model_parallel": "RayModelParallelStrategy"}
 NOISE = ("Expected a path but", "Expected a <class 'NoneType'>")
 
 
@@ -35,10 +36,11 @@ class RunArgumentParser(LightningArgumentParser):
         self.exit(2)
 
     def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        """`strategy: ray` in a file means the class, so that its options (`--trainer.strategy.address`) can follow."""
-        trainer = cfg.get("trainer")
-        if isinstance(trainer, dict) and trainer.get("strategy") == "ray":
-            cfg["trainer"] = {**trainer, "strategy": {"class_path": "RayStrategy"}}
+        """`strategy: ray` in a file is the class where an option of it is given too (`--trainer.strategy.address`)."""
+        trainer, given = cfg.get("trainer"), getattr(self, "args", None) or ()
+        name = trainer.get("strategy") if isinstance(trainer, dict) else None
+        if isinstance(name, str) and name in STRATEGIES and any(arg.startswith("--trainer.strategy.") for arg in given):
+            cfg["trainer"] = {**trainer, "strategy": {"class_path": STRATEGIES[name]}}
         return super()._apply_actions(cfg, *args, **kwargs)
 
 

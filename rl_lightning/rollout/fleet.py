@@ -185,7 +185,8 @@ class RolloutFleet:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.GetTimeoutError:
-            raise RolloutError(f"the rollout controller did not answer {args[1:2]} within {timeout_s:.0f} s") from None
+            asked = args[1] if method == "ask" else method
+            raise RolloutError(f"the rollout controller did not answer {asked!r} within {timeout_s:.0f} s") from None
         except ray.exceptions.ActorUnavailableError:
             raise ControllerLostError from None
         except ray.exceptions.RayActorError as error:

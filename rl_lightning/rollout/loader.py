@@ -81,7 +81,7 @@ def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[Rollou
 
 
 def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
-    """Answers may be waited for anew only by a rank that waits for itself.
+    """Answers may be waited for anew only by a rank that waits for itself, and whose share no other rank has too.
 
     Raises:
         StepLostError: all ranks wait together, and those that have their answers have gone on.
@@ -130,21 +130,20 @@ class RolloutLoader:
 
     def _next(self) -> Batch:
         version, started = self._step(), time.monotonic()
-        groups, lost = fetch(self._take(version, self._resync, self._agree))
+        groups, lost = fetch(self._take(version))
         while lost:
             check_lost(lost, self._agree)
             self._fleet.call("lost", version, self._rank, lost)
-            # the other ranks are no longer here: this one cannot send a model of which they hold pieces
-            groups, lost = fetch(self._take(version, None if self._agree is not None else self._resync, None))
+            groups, lost = fetch(self._take(version))
         return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
 
-    def _take(self, version: int, resync: Resync | None, agree: Agree | None) -> Share:
+    def _take(self, version: int) -> Share:
         share = await_share(
             lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S),
-            resync,
+            self._resync,
             self._timeout_s,
             f"batch for step {version + 1}",
-            agree,
+            self._agree,
         )
         self._fleet.state = share.state
         return share

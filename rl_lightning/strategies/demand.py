@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 PROGRESS_S = 10.0
 RESOURCES = ("GPU", "CPU")
+ROUNDING = 1e-6
 
 Node = Mapping[str, float]
 """Resources of one node, whoever uses them now."""
@@ -77,7 +78,7 @@ def await_resources(demands: Sequence[Demand], timeout_s: float, check: Callable
 
 def shortage(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
     """What is missing, in a sentence; None if everything finds a place."""
-    short = [name for name in RESOURCES if _wanted(demands, name) > sum(node.get(name, 0.0) for node in nodes)]
+    short = [name for name in RESOURCES if _wanted(demands, name) > sum(node.get(name, 0.0) for node in nodes) + ROUNDING]
     if short:
         return sentence(demands, nodes, short)
     if (homeless := _homeless(demands, nodes)) is not None:
@@ -102,7 +103,7 @@ def _homeless(demands: Sequence[Demand], nodes: Sequence[Node]) -> Demand | None
     free: list[dict[str, float]] = [{name: node.get(name, 0.0) for name in RESOURCES} for node in nodes]
     for demand in sorted(demands, key=lambda demand: [-demand.each.get(name, 0.0) for name in RESOURCES]):
         for _ in range(demand.count):
-            home = next((node for node in free if all(node.get(k, 0.0) >= v for k, v in demand.each.items())), None)
+            home = next((node for node in free if all(node.get(k, 0.0) + ROUNDING >= v for k, v in demand.each.items())), None)
             if home is None:
                 return demand
             for name, amount in demand.each.items():

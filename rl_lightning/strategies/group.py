@@ -58,7 +58,7 @@ class GroupSettings:
 
 
 class WorkerGroup:
-    """Has its places on the cluster when the constructor returns; `start` fills them, `stop` ends it, at once and always.
+    """Has its places on the cluster when the constructor returns, and starts in them; `stop` ends it, at once and always.
 
     Args:
         settings: its size.
@@ -77,7 +77,6 @@ class WorkerGroup:
     def __init__(self, settings: GroupSettings, check: Callable[[], None], reserved: PlacementGroup | None = None) -> None:
         self._settings, self._check = settings, check
         self._began_at = self._told_at = time.monotonic()
-        self.workers: list[Any] = []
         self.places: list[Place] = []
         self.bundles = reserved or placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
         try:
@@ -85,17 +84,17 @@ class WorkerGroup:
         except BaseException:
             remove_placement_group(self.bundles)
             raise
-
-    def start(self) -> None:
-        """Starts the actors; returns when all are up."""
         strategy = PlacementGroupSchedulingStrategy(self.bundles, placement_group_capture_child_tasks=False)
         actor = ray.remote(TrainWorker).options(
-            num_cpus=self._settings.num_cpus,
-            num_gpus=self._settings.num_gpus,
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
             scheduling_strategy=strategy,
-            runtime_env={"env_vars": dict(self._settings.env)},
+            runtime_env={"env_vars": dict(settings.env)},
         )
-        self.workers = [actor.remote() for _ in range(self._settings.num_workers)]
+        self.workers: list[Any] = [actor.remote() for _ in range(settings.num_workers)]
+
+    def await_workers(self) -> None:
+        """Returns when all actors are up."""
         asked = [worker.place.remote() for worker in self.workers]
         while pending := ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
             self._wait_on("to start", len(pending))

@@ -106,7 +106,7 @@ class RayLauncher(_Launcher):
             self._strategy.reserved = group.bundles
             try:
                 shared = start_companion()
-                group.start()
+                group.await_workers()
                 return self._watch(group, channel, replace(job, shared=shared), signals)
             finally:
                 group.stop()

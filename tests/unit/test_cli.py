@@ -10,7 +10,11 @@ import yaml
 from run_samples import SmallData, SmallModule
 
 from rl_lightning.cli import RLCLI, main
+from rl_lightning.rewards.exact import exact_match
+from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.strategies import RayModelParallelStrategy, RayStrategy
+from rl_lightning.testing import FakeEngine, FakePrompts
 
 SMALL = ["--model=run_samples.SmallModule", "--data=run_samples.SmallData", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
@@ -60,6 +64,22 @@ def test_short_names_defaults_and_shared_values():
     assert (cli.datamodule.seed, cli.model.seed) == (7, 7)
     assert (cli.trainer.max_epochs, cli.trainer.num_sanity_val_steps) == (5, 0)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("ray", RayStrategy), ("ray_model_parallel", RayModelParallelStrategy)])
+def test_the_cluster_is_named_on_the_command_line_of_a_recipe_that_says_ray(name: str, strategy: type):
+    Path("recipe.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": name, "accelerator": "cpu"}}))
+    cli = RLCLI([*SMALL[:2], "--config=recipe.yaml", "--trainer.strategy.address=auto"], run=False)
+    assert isinstance(cli.trainer.strategy, strategy)
+    assert cli.trainer.strategy.ray_init == {"address": "auto"}
+
+
+def test_fewer_engines_than_one_or_more_than_all_are_refused():
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"min_engines={wrong} must be between 1 and num_engines=2"):
+            RolloutDataModule(
+                FakePrompts(), [WeightedReward(exact_match)], "m", engine=FakeEngine(), num_engines=2, min_engines=wrong
+            )
 
 
 def test_anyones_module_without_the_shared_options_works():

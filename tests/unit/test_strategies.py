@@ -170,6 +170,8 @@ def test_what_is_missing_is_told_in_one_sentence() -> None:
 def test_a_part_that_fits_on_no_single_node_is_missing_too() -> None:
     problem = shortage([ranks(2, CPU=6)], [{"CPU": 4.0}, {"CPU": 10.0}])
     assert problem is not None and "not 6 CPUs together on one node for each trainer rank" in problem
+    shared = [ranks(3, GPU=0.6), Demand("engine", 3, {"GPU": 0.4}, "")]
+    assert shortage(shared, [{"GPU": 3.0}]) is None, "sums of fractions are not exact"
     assert shortage([ranks(2, CPU=4), Demand("engine", 1, {"CPU": 6}, "")], [{"CPU": 4.0}, {"CPU": 10.0}]) is None
 
 
