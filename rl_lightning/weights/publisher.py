@@ -58,7 +58,9 @@ class WeightPublisher(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """The step is finished: its weights are the next version."""
         stopped_s, took_s = self._publish_if_new(trainer, pl_module)
-        pl_module.log_dict({"time/weight_sync": took_s, "time/generation_paused": stopped_s}, rank_zero_only=True)
+        times = {"time/weight_sync": took_s, "time/generation_paused": stopped_s}
+        # Lightning would count this step as the one before
+        pl_module.log_dict({**times, "step": float(trainer.global_step)}, rank_zero_only=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Frees the transport."""
