@@ -61,5 +61,5 @@ def test_a_server_of_several_ranks_says_how_many_take_part(running: Running) -> 
     engine = running.engine
     assert isinstance(engine, SGLangEngine)
     assert engine.target.ranks == engine.tensor_size
-    assert engine.transports == (("disk", "distributed") if engine.tensor_size == 2 else ("disk",))
+    assert engine.transports == (("disk", "tensor", "distributed") if engine.tensor_size == 2 else ("disk",))
     asyncio.run_coroutine_threadsafe(engine.health(), running.loop).result(60)

@@ -326,6 +326,11 @@ def test_colocated_engines_and_ranks_share_each_gpu(n: int, transport: str):
     assert data.gpus_per_engine + strategy.num_gpus_per_worker == 1.0 and strategy.num_gpus_per_worker > 0.5
 
 
+def test_a_split_layer_is_trained_by_the_strategy_that_splits_it():
+    strategy: Any = allocate("sglang.d4p1m1+d2p1m2", "--trainer.strategy=ray", model=AUTO_ENGINE).trainer.strategy
+    assert (type(strategy).__name__, strategy.num_workers, strategy._tensor_parallel_size) == ("RayModelParallelStrategy", 4, 2)
+
+
 def test_on_a_cpu_no_gpus_are_asked_for():
     for mode in ("sglang.d1p1m2+d1p1m1", "sglang.d1p1m1|d1p1m1"):
         gpus = f"--run.n_gpus_per_node={3 if '+' in mode else 1}"
