@@ -60,7 +60,9 @@ class RunLog(Callback):
         now = self._clock()
         line = self._step_line(trainer, batch_idx, now)
         self._last_s = now
-        logger.info("%s%s", line, format_statistics(getattr(pl_module, "step_statistics", {})))
+        # engines get this step's weights after it: here stand the times of those that it started from
+        statistics = {**getattr(pl_module, "weight_times", {}), **getattr(pl_module, "step_statistics", {})}
+        logger.info("%s%s", line, format_statistics(statistics))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What validation measured: every metric whose name starts with `val`."""

@@ -14,3 +14,9 @@ def share_number(trainer: Any) -> int | None:
     if mesh is None:
         return int(trainer.global_rank)
     return int(mesh["data_parallel"].get_local_rank()) if mesh["tensor_parallel"].get_local_rank() == 0 else None
+
+
+def tensor_size(pl_module: Any) -> int:
+    """How many ranks share each of the module's layers."""
+    mesh = getattr(pl_module, "device_mesh", None)
+    return 1 if mesh is None else int(mesh["tensor_parallel"].size())

@@ -12,6 +12,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rl_lightning.callbacks.share import tensor_size
+
 logger = logging.getLogger(__name__)
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
@@ -36,7 +38,7 @@ class Throughput(Callback):
     | `time/rollout_wait`, `throughput/trainer_idle_share` | seconds of it that rank 0 waited for rollouts, and their share |
     | `throughput/trained_tokens_per_s` | tokens of the batch, all ranks, over `time/step` |
     | `throughput/generated_tokens_per_s` | answer tokens generated meanwhile, over `time/step` |
-    | `throughput/mfu` | 6 * parameters * tokens of rank 0 over `time/step` and the device's peak; only where that is known |
+    | `throughput/mfu` | 6 * parameters (a tensor-parallel rank's share) * tokens of rank 0 over `time/step` and the peak |
     | `rollout/...` | the datamodule's own counters and gauges |
 
     Args:
@@ -103,7 +105,7 @@ class Throughput(Callback):
             "throughput/trained_tokens_per_s": all_tokens / step_s,
         }
         if self._peak_flops:
-            n_parameters = sum(p.numel() for p in pl_module.parameters())
+            n_parameters = sum(p.numel() for p in pl_module.parameters()) / tensor_size(pl_module)
             statistics["throughput/mfu"] = FLOPS_PER_PARAMETER_AND_TOKEN * n_parameters * n_tokens / step_s / self._peak_flops
         return statistics
 

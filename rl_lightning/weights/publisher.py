@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from rl_lightning.rollout.datamodule import RolloutDataModule
+    from rl_lightning.rollout.fleet import RolloutFleet
     from rl_lightning.weights.transport import WeightTarget, WeightTransport
 
 TARGET_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
+
+TOGETHER_S = 0.02
+"""Engines that acknowledge within this time of each other are told to the controller at once."""
+
+GRACE_S = 10.0
+"""For an acknowledgement to arrive, after an engine's own time is over."""
 
 GATHER, ENOUGH = "gather", "enough"
 """What rank 0 tells the others where the model is in pieces."""
@@ -59,6 +66,7 @@ class WeightPublisher(Callback):
         """The step is finished: its weights are the next version."""
         stopped_s, took_s = self._publish_if_new(trainer, pl_module)
         times = {"time/weight_sync": took_s, "time/generation_paused": stopped_s}
+        pl_module.weight_times = times  # type: ignore[assignment]
         # Lightning would count this step as the one before
         pl_module.log_dict({**times, "step": float(trainer.global_step)}, rank_zero_only=True)
 
@@ -116,10 +124,8 @@ class WeightPublisher(Callback):
         finally:
             if in_pieces(pl_module):
                 trainer.strategy.broadcast(ENOUGH)
-        stopped_s = self._collect(version, acks, data.sync_timeout_s)
-        if self._transport is not None:
-            self._transport.release()
-        data.fleet.call("publish", version, list(stopped_s))
+        stopped_s = self._collect(version, acks, data.sync_timeout_s, data.fleet)
+        self._transport.release()
         return max(stopped_s.values(), default=0.0)
 
     def _send(self, version: int, acks: dict[Any, str], timeout_s: float) -> None:
@@ -131,28 +137,47 @@ class WeightPublisher(Callback):
         except TimeoutError as error:
             logger.warning("version %d was not taken by every engine: %s", version, error)
 
-    def _collect(self, version: int, acks: dict[Any, str], timeout_s: float) -> dict[str, float]:
-        """Seconds of stopped generation for every engine that proved its weights."""
+    def _collect(self, version: int, acks: dict[Any, str], timeout_s: float, fleet: RolloutFleet) -> dict[str, float]:
+        """Seconds of stopped generation for every engine that proved its weights.
+
+        Those that did get prompts again at once; they do not wait for a slower one.
+        """
         import ray
 
-        done, late = ray.wait(list(acks), num_returns=len(acks), timeout=timeout_s + 10.0) if acks else ([], [])
-        for ref in late:
+        stopped_s: dict[str, float] = {}
+        pending, deadline = list(acks), time.monotonic() + timeout_s + GRACE_S
+        while pending and ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))[0]:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=TOGETHER_S)
+            proved = {acks[ref]: seconds for ref in done if (seconds := outcome(ref, acks[ref], version)) is not None}
+            stopped_s |= proved
+            if pending and proved:
+                fleet.call("publish", version, list(proved))
+        for ref in pending:
             logger.warning("%s did not acknowledge version %d within %.0f s", acks[ref], version, timeout_s)
-        stopped_s = {}
-        for ref in done:
-            try:
-                stopped_s[acks[ref]] = ray.get(ref)
-            except WeightMismatchError as error:
-                what = f"{acks[ref]} does not hold the weights of version {version}"
-                raise WeightMismatchError(f"{what}: {reason(error)}") from None
-            except (EngineError, ray.exceptions.RayActorError) as error:
-                logger.warning("%s did not take version %d: %s", acks[ref], version, reason(error))
+        fleet.call("publish", version, list(stopped_s))
         return stopped_s
 
     def _close(self) -> None:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def outcome(ref: Any, worker: str, version: int) -> float | None:
+    """Seconds that the worker's engine stood still; None if it failed, which its worker sees to.
+
+    Raises:
+        WeightMismatchError: it holds other weights.
+    """
+    import ray
+
+    try:
+        return float(ray.get(ref))
+    except WeightMismatchError as error:
+        raise WeightMismatchError(f"{worker} does not hold the weights of version {version}: {reason(error)}") from None
+    except (EngineError, ray.exceptions.RayActorError) as error:
+        logger.warning("%s did not take version %d: %s", worker, version, reason(error))
+        return None
 
 
 def targets_of(workers: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[WeightTarget]]:

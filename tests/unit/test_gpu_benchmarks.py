@@ -18,6 +18,7 @@ sys.path[:0] = [str(GPU), str(GPU.parent)]
 import async_vs_sync  # noqa: E402
 import gpu_20_steps  # noqa: E402
 import learning  # noqa: E402
+import steps_of_log  # noqa: E402
 from learning_imitator import Imitator, write_examples, write_model  # noqa: E402
 from long_tail import LongTail, RandomPrompts  # noqa: E402
 
@@ -126,3 +127,15 @@ def test_the_page_lists_every_script() -> None:
     scripts = {path.name for path in GPU.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     page = (GPU.parents[1] / "docs" / "gpu_benchmarks.md").read_text()
     assert scripts == set(re.findall(r"`benchmarks/gpu/(\w+\.py)` \|", page))
+
+
+def test_steps_are_read_out_of_a_main_log() -> None:
+    log = """20:37:12 Epoch 1/1 step 1/20 (global step 1) finishes. This step 3.3 s, total 3.3 s, about 7.1 s remaining.
+    actor_loss 0           head_offpolicyness 1.312            lr 2e-05
+    throughput/trained_tokens_per_s 2.152e+04  throughput/trainer_idle_share 0.2647  time/step 3.316
+20:37:12 Generation throughput: 10895.6 tokens/s
+20:37:14 Epoch 1/1 step 2/20 (global step 2) finishes. This step 1.6 s, total 4.9 s, about 0.0 s remaining.
+    time/step 1.555
+"""
+    first = {"step": 1.0, "head_offpolicyness": 1.312, "throughput/trained_tokens_per_s": 21520.0, "time/step": 3.316}
+    assert steps_of_log.read_log(log) == [first, {"step": 2.0, "time/step": 1.555}]
