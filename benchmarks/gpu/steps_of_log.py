@@ -1,6 +1,6 @@
 """Results of `gpu_20_steps.py` from the run's main.log, for a run that was cut off before it could write them itself.
 
-    python benchmarks/gpu/steps_of_log.py MAIN_LOG --beside docs/benchmarks/gpu_20_steps.json --out docs/benchmarks/gpu_20_steps_colocated.json
+    python benchmarks/gpu/steps_of_log.py MAIN_LOG --beside docs/benchmarks/gpu_20_steps.json --out OUT.json
 
 main.log rounds to four digits. Date, commit, versions and machine are those of the run that `--beside` describes: one of the
 same call on the same machine.
