@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rl_lightning.models.tiny import character_tokenizer
 
@@ -21,15 +22,13 @@ VOCABULARY = 151936
 """Tokens of the published shapes; the characters are the first of them."""
 
 
-def write_random_qwen3(folder: Path, shape: str, seed: int = 0) -> Path:
-    """A Hugging Face folder with bfloat16 weights, which an engine in bfloat16 and a trainer in float32 hold alike."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def shape_config(shape: str) -> Any:
+    """The configuration, of a vocabulary of characters where the shape is not a published one."""
+    from transformers import Qwen3Config
 
-    tokenizer = character_tokenizer()
     width, layers, heads, kv_heads, mlp_width = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) if shape == "tiny" else VOCABULARY,
+    return Qwen3Config(
+        vocab_size=len(character_tokenizer()) if shape == "tiny" else VOCABULARY,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -41,12 +40,20 @@ def write_random_qwen3(folder: Path, shape: str, seed: int = 0) -> Path:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        architectures=["Qwen3ForCausalLM"],
     )
+
+
+def write_random_qwen3(folder: Path, shape: str, seed: int = 0) -> Path:
+    """A Hugging Face folder with bfloat16 weights, which an engine in bfloat16 and a trainer in float32 hold alike."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(shape_config(shape))
     model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
 from circumstances import circumstances  # noqa: E402
+from random_qwen3 import shape_config  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -27,43 +28,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHAPES: dict[str, tuple[int, int, int, int, int]] = {
-    "tiny": (256, 4, 4, 2, 512),
-    "0.6b": (1024, 28, 16, 8, 3072),
-    "1.7b": (2048, 28, 16, 8, 6144),
-}
-"""Width, layers, heads, key/value heads and width of the MLP: Qwen3's published shapes, and one for a try on a CPU."""
-
 VERSIONS = ("torch", "ray", "transformers", "sglang")
 PROMPT_TOKENS = 128
 
 
 def write_shape(folder: Path, shape: str) -> Path:
     """A folder with configuration and character tokenizer; a real shape has a real vocabulary's size too. No weights."""
-    from transformers import Qwen3Config
-
     from rl_lightning.models.tiny import character_tokenizer
 
-    tokenizer = character_tokenizer()
-    width, layers, heads, kv_heads, mlp_width = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) if shape == "tiny" else 151936,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp_width,
-        head_dim=64 if shape == "tiny" else 128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        architectures=["Qwen3ForCausalLM"],
-    )
     path = folder / shape
-    config.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    shape_config(shape).save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
     return path
 
 
