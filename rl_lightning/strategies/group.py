@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -19,6 +19,9 @@ from rl_lightning.strategies.failures import RayWorkerError
 from rl_lightning.strategies.worker import Place, TrainWorker
 
 logger = logging.getLogger(__name__)
+
+Placement = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
+"""On as few nodes as can be or on one, over as many as can be or each on another."""
 
 POLL_S = 0.5
 PROGRESS_S = 10.0
@@ -34,6 +37,7 @@ class GroupSettings:
         num_gpus: Ray GPUs of each.
         env: environment variables that must be there before Python starts.
         start_timeout_s: until all are up.
+        placement: how nodes are chosen.
     """
 
     num_workers: int
@@ -41,6 +45,7 @@ class GroupSettings:
     num_gpus: float
     env: Mapping[str, str]
     start_timeout_s: float
+    placement: Placement = "PACK"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -78,7 +83,7 @@ class WorkerGroup:
         self._settings, self._check = settings, check
         self._began_at = self._told_at = time.monotonic()
         self.places: list[Place] = []
-        self.bundles = reserved or placement_group([settings.bundle] * settings.num_workers, strategy="PACK")
+        self.bundles = reserved or placement_group([settings.bundle] * settings.num_workers, strategy=settings.placement)
         try:
             self._await_bundles()
         except BaseException:
@@ -135,8 +140,11 @@ class WorkerGroup:
             f"{missing} of {self._settings} still wait {what} after {waited_s:.0f} s (start_timeout_s="
             f"{self._settings.start_timeout_s:g}): the cluster is {describe()}, and free are {free.get('CPU', 0):g} CPUs and "
             f"{free.get('GPU', 0):g} GPUs; ask for less (num_workers, num_cpus_per_worker, num_gpus_per_worker), end other "
-            f"jobs or add nodes"
+            f"jobs or add nodes{self._of_placement()}"
         )
+
+    def _of_placement(self) -> str:
+        return "" if self._settings.placement == "PACK" else f", or leave placement={self._settings.placement} out"
 
 
 def in_order(places: list[Place], first_node: str) -> list[int]:

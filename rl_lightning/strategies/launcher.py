@@ -83,6 +83,7 @@ class RayLauncher(_Launcher):
             self._strategy.gpus_per_worker,
             {**worker_environment(), **self._strategy.env_vars},
             self._strategy.start_timeout_s,
+            self._strategy.placement,
         )
         logger.info("starting %s", settings)
         companion = find_companion((*args, *kwargs.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -44,6 +44,7 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
+        placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK",
         start_timeout_s: float = 300.0,
         stop_timeout_s: float = 8.0,
         collective_timeout_s: float = 1800.0,
@@ -71,6 +72,7 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
             start_timeout_s=start_timeout_s,
             stop_timeout_s=stop_timeout_s,
             collective_timeout_s=collective_timeout_s,
+            placement=placement,
             return_weights=False,  # the driver's module is empty, and the whole model may fit nowhere
         )
 

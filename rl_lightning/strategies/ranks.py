@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.strategies.channel import EventSender
+    from rl_lightning.strategies.group import Placement
     from rl_lightning.strategies.stopping import StopGate
 
 
@@ -52,6 +53,7 @@ class RayRanks(ParallelStrategy):
         stop_timeout_s: float,
         collective_timeout_s: float,
         return_weights: bool,
+        placement: Placement,
     ) -> None:
         """Called by the constructor; the arguments are those of `RayStrategy`.
 
@@ -68,7 +70,7 @@ class RayRanks(ParallelStrategy):
         self.env_vars: Mapping[str, str] = dict(env_vars or {})
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
         self.collective_timeout_s = collective_timeout_s
-        self.return_weights = return_weights
+        self.return_weights, self.placement = return_weights, placement
         self.reserved: PlacementGroup | None = None
         self._rank: Rank | None = None
         self._store: torch.distributed.Store | None = None

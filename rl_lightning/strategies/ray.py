@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -26,6 +26,8 @@ class RayStrategy(RayRanks, DDPStrategy):
             null is the environment variable RAY_ADDRESS, else a cluster that runs here is joined or one is started.
         ray_init: other arguments of `ray.init`.
         env_vars: environment variables of the workers.
+        placement: of the ranks: on as few nodes as can be (`PACK`) or on one (`STRICT_PACK`), over as many as can be
+            (`SPREAD`) or each on another one (`STRICT_SPREAD`). Engines take what the ranks have left.
         start_timeout_s: longest time until all workers are up.
         stop_timeout_s: longest time between a signal and the end of the workers.
         collective_timeout_s: longest time for one collective operation.
@@ -48,6 +50,7 @@ class RayStrategy(RayRanks, DDPStrategy):
         address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
+        placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK",
         start_timeout_s: float = 300.0,
         stop_timeout_s: float = 8.0,
         collective_timeout_s: float = 1800.0,
@@ -67,6 +70,7 @@ class RayStrategy(RayRanks, DDPStrategy):
             stop_timeout_s=stop_timeout_s,
             collective_timeout_s=collective_timeout_s,
             return_weights=return_weights,
+            placement=placement,
         )
 
     @property

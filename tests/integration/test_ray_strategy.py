@@ -182,6 +182,13 @@ def test_a_rank_that_dies_is_named_and_the_others_end(ray_cluster: str, tmp_path
     wait_until(lambda: not training_processes(psutil.Process()), "end of the training actors")
 
 
+def test_a_placement_that_the_nodes_do_not_allow_is_named(ray_cluster: str, tmp_path: Path) -> None:
+    """Two ranks on a node each, of which there is one."""
+    strategy = RayStrategy(num_workers=2, placement="STRICT_SPREAD", start_timeout_s=2)
+    with pytest.raises(RayWorkerError, match="still wait to be placed .* leave placement=STRICT_SPREAD out"):
+        trainer(tmp_path, strategy=strategy).fit(regression())
+
+
 def test_too_few_cpus_are_explained_at_once(ray_cluster: str, tmp_path: Path) -> None:
     greedy = trainer(tmp_path, strategy=RayStrategy(num_workers=2, num_cpus_per_worker=6))
     with pytest.raises(ValueError, match=r"12 CPUs \(12 for 2 trainer ranks\): the cluster has 8 CPUs on 1 node.*num_workers"):
