@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class NonFiniteGuard(Callback):
         step = SavedStep(batch.to("cpu"), batch_idx, trainer.num_training_batches, generation)
         if (share := share_number(trainer)) is not None:
             step.save(part / f"batch_rank{share}.pt")
-        trainer.save_checkpoint(part / CHECKPOINT, weights_only=False)
+        with _one_file(trainer.strategy):
+            trainer.save_checkpoint(part / CHECKPOINT, weights_only=False)
 
     def _publish(self, trainer: Trainer) -> Path:
         """Gives the dump its name."""
@@ -120,6 +122,20 @@ class NonFiniteGuard(Callback):
             f"loss or gradient were not finite in {self._in_a_row} training steps in a row, the last of them global step "
             f"{trainer.global_step}; {dump} holds that step, and {command} trains it again without an engine"
         )
+
+
+@contextmanager
+def _one_file(strategy: Any) -> Iterator[None]:
+    """Inside, a model in pieces is saved whole: the step is to be seen again on one device."""
+    in_pieces = getattr(strategy, "_save_distributed_checkpoint", None)
+    if in_pieces is None:
+        yield
+        return
+    strategy._save_distributed_checkpoint = False
+    try:
+        yield
+    finally:
+        strategy._save_distributed_checkpoint = in_pieces
 
 
 def is_nonfinite(statistics: Mapping[str, float]) -> bool:

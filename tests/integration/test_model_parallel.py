@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from rl_lightning.batching.balance import balance
 from rl_lightning.batching.collate import collate
 from rl_lightning.callbacks.export import Export
+from rl_lightning.callbacks.nonfinite import NonFiniteGuard
 from rl_lightning.callbacks.recovery import RecoveryCheckpoint
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.engines.torch import TorchEngine
@@ -24,6 +26,7 @@ from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.rollout.replay import ReplayDataModule
 from rl_lightning.strategies import RayModelParallelStrategy
 from rl_lightning.strategies.failures import RayWorkerError
 from rl_lightning.types import Batch, RolloutGroup, SamplingParams
@@ -85,7 +88,7 @@ class Record(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         statistics: Any = pl_module.step_statistics
         self.losses.append(statistics["actor_loss"])
-        self.norms.append(statistics["grad_norm"])
+        self.norms.append(statistics.get("grad_norm", math.nan))
         self.differences.append(statistics.get("engine_logprob_diff_max", 0.0))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,6 +164,29 @@ def test_a_run_in_pieces_goes_on_from_its_checkpoint(ray_cluster: str, tmp_path:
     assert resumed.losses == pytest.approx(straight.losses, rel=1e-4, abs=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-6)
+
+
+class Broken(Alone):
+    """Its loss is not finite in the second step."""
+
+    def policy_loss(self, logprobs: Tensor, tokens: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, by_token = super().policy_loss(logprobs, tokens)
+        return (loss * math.nan if self.trainer.global_step == 1 else loss), by_token
+
+
+def test_a_broken_step_of_a_model_in_pieces_is_seen_again_on_one_device(ray_cluster: str, tmp_path: Path) -> None:
+    folder, guard = write_model(tmp_path / "model", "qwen3"), NonFiniteGuard(tmp_path / "dumps", max_in_a_row=1)
+    module = Broken(folder, ppo=PPOConfig(n_minibatches=1), max_tokens_per_mb=40)
+    strategy = RayModelParallelStrategy(tensor_parallel_size=2, num_workers=4)
+    with pytest.raises(RayWorkerError, match="not finite"):
+        train(tmp_path / "none.pt", module, make_steps(), strategy=strategy, callbacks=[guard])
+    (dump,) = (tmp_path / "dumps").iterdir()
+    assert sorted(path.name for path in dump.glob("batch_rank*.pt")) == ["batch_rank0.pt", "batch_rank1.pt"]
+    again = Broken(folder, ppo=PPOConfig(n_minibatches=1), max_tokens_per_mb=40)
+    record = Record(tmp_path / "again.pt")
+    make_trainer(callbacks=[record]).fit(again, datamodule=ReplayDataModule(str(dump)), ckpt_path=str(dump / "step.ckpt"))
+    before, broken = record.losses  # the checkpoint remembers the step before
+    assert math.isfinite(before) and math.isnan(broken)
 
 
 def test_bf16_computes_in_pieces_with_float32_weights(ray_cluster: str, tmp_path: Path) -> None:
