@@ -18,6 +18,8 @@ TORCH_INDEX ?= $(if $(filter cpu,$(ENGINE)),$(shell command -v nvidia-smi >/dev/
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL := models/smollm2-135m
 PYTEST_ARGS ?=
+# Tests wait for processes to start most of the time: three at once take a third of it, on two cores.
+JOBS ?= 3
 TRL := .venv-trl
 ARGS ?=
 
@@ -60,7 +62,7 @@ quickstart: venv $(MODEL)/config.json
 	@echo "             docs/your_own_reward.md, docs/your_own_loss.md, recipes/"
 
 test: venv
-	$(BIN)/python -m pytest -q --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
