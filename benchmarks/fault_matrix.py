@@ -188,8 +188,8 @@ def page(measured: dict[str, Any]) -> str:
     times = sorted({f"{scenario['date']} (commit {scenario['commit'][:12]})" for scenario in measured.values()})
     return f"""# What faults cost
 
-Each fault was done to a run of {N_PROMPTS} prompts with two engines and a rank, on nodes that are all one machine, shared with
-other work: most of the seconds are Python, torch and Ray starting on its cores. Every run whose driver lived ended well, with
+Each fault was done to a run of {N_PROMPTS} prompts with two engines and a rank, on nodes that are all one machine:
+most of the seconds are Python, torch and Ray starting on its cores. Every run whose driver lived ended well, with
 every prompt trained on exactly once (read from the rollout log). *Noticed*: the first effect in the run's log; *trains on*: the
 first step that ended after that. Silence counts as death after `worker_timeout_s`, 5 s here and 60 s by default.
 
