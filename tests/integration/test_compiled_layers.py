@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from training_samples import Alone, fit, make_batch, write_model
 
 from rl_lightning.batching.micro_batch import make_micro_batch
 from rl_lightning.models.checkpointing import checkpoint_layers, kept_numbers, level_of, plan_levels
 from rl_lightning.models.layers import compiled_graphs, decoder_layers
 from rl_lightning.models.varlen import varlen_attention
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from training_samples import Alone, fit, make_batch, write_model  # noqa: E402
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
