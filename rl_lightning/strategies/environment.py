@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities import rank_zero as fabric_rank_zero
 from lightning.pytorch.utilities import rank_zero
+
+Placement = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
+"""Of ranks: on as few nodes as can be or on one, over as many as can be or each on another."""
 
 
 @dataclass(frozen=True, slots=True)

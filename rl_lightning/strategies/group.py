@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -14,14 +14,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl_lightning.strategies.cluster import describe
 from rl_lightning.strategies.demand import Demand
-from rl_lightning.strategies.environment import Rank
+from rl_lightning.strategies.environment import Placement, Rank
 from rl_lightning.strategies.failures import RayWorkerError
 from rl_lightning.strategies.worker import Place, TrainWorker
 
 logger = logging.getLogger(__name__)
-
-Placement = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
-"""On as few nodes as can be or on one, over as many as can be or each on another."""
 
 POLL_S = 0.5
 PROGRESS_S = 10.0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from rl_lightning.strategies.environment import Placement
 from rl_lightning.strategies.ranks import RayRanks
 
 CPU_AND_GPU = "cpu:gloo,cuda:nccl"
@@ -25,7 +26,7 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         tensor_parallel_size: ranks that share every layer's matrices; must divide the ranks and the model's heads.
         cpu_offload: keep weights and optimiser in the machine's memory and bring a layer to the GPU while it runs.
         save_distributed_checkpoint: each rank saves its own share, and a checkpoint is a folder; false: one file, whole.
-        **ranks: `num_workers` and all other options of `RayStrategy` that are not DistributedDataParallel's.
+        num_workers: ranks, and with them the other options that follow: see `RayStrategy`.
 
     Raises:
         ValueError: a size that is not positive, or that does not divide the ranks.
@@ -44,7 +45,7 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
-        placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK",
+        placement: Placement = "PACK",
         start_timeout_s: float = 300.0,
         stop_timeout_s: float = 8.0,
         collective_timeout_s: float = 1800.0,

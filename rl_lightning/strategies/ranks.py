@@ -13,14 +13,13 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ParallelStrategy
 
-from rl_lightning.strategies.environment import Rank, RayEnvironment, become_rank
+from rl_lightning.strategies.environment import Placement, Rank, RayEnvironment, become_rank
 from rl_lightning.strategies.progress import replace_bars
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.strategies.channel import EventSender
-    from rl_lightning.strategies.group import Placement
     from rl_lightning.strategies.stopping import StopGate
 
 

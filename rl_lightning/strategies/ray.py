@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
+from rl_lightning.strategies.environment import Placement
 from rl_lightning.strategies.ranks import RayRanks
 
 
@@ -50,7 +51,7 @@ class RayStrategy(RayRanks, DDPStrategy):
         address: str | None = None,
         ray_init: dict[str, Any] | None = None,
         env_vars: dict[str, str] | None = None,
-        placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK",
+        placement: Placement = "PACK",
         start_timeout_s: float = 300.0,
         stop_timeout_s: float = 8.0,
         collective_timeout_s: float = 1800.0,
