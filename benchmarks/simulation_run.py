@@ -12,7 +12,10 @@ from simulation_loop import simulate
 
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, GroupRecord, RolloutController, Share
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.group_record import GroupRecord
+from rl_lightning.rollout.share import Share
 from rl_lightning.testing import FakePrompts
 from rl_lightning.types import Lease, SamplingParams
 

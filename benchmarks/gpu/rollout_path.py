@@ -140,7 +140,8 @@ async def by_worker(args: argparse.Namespace, model: str, engine: SGLangEngine) 
     from rl_lightning.prompts.source import PromptSource
     from rl_lightning.prompts.tokenizer import load_tokenizer
     from rl_lightning.rollout.admission import StalenessGate
-    from rl_lightning.rollout.controller import ControllerSettings, RolloutController
+    from rl_lightning.rollout.controller import RolloutController
+    from rl_lightning.rollout.controller_settings import ControllerSettings
     from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
     from rl_lightning.rollout.workflow import SingleTurnWorkflow
     from rl_lightning.types import SamplingParams

@@ -17,7 +17,8 @@ from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, RolloutError
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.loader import Agree, EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow

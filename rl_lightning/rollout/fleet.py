@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rl_lightning.rollout.controller import ControllerSettings, RolloutController, RolloutError
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.worker import CONTROLLER_POLL_S, CONTROLLER_RESTART_S, RolloutWorkerActor, WorkerSettings
 
 if TYPE_CHECKING:

@@ -145,6 +145,14 @@ class RolloutLedger:
             self.give_back(index, counts=False)
         return lost
 
+    def started_before(self, limit_s: float) -> list[RunningGroup]:
+        """Groups in flight that were leased before `limit_s`."""
+        return [group for group in self.running.values() if group.started_s < limit_s]
+
+    def oldest_start_s(self, now_s: float) -> float:
+        """When the oldest group in flight was leased; `now_s` if there is none."""
+        return min((group.started_s for group in self.running.values()), default=now_s)
+
     # -- training
 
     def ready(self, size: int | None = None) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.rollout.controller import RolloutError, Share, StepLostError, Waiting
+from rl_lightning.rollout.errors import RolloutError, StepLostError
+from rl_lightning.rollout.share import Share, Waiting
 from rl_lightning.types import Batch, RolloutGroup
 
 if TYPE_CHECKING:

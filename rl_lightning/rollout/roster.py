@@ -85,6 +85,10 @@ class WorkerRoster:
         """Workers silent for longer than the deadline."""
         return [e.name for e in self._entries.values() if now_s - e.last_seen_s > self.timeout_s]
 
+    def next_loss_s(self, now_s: float) -> float:
+        """Until then no worker can count as lost, nor one that registers later."""
+        return min((entry.last_seen_s for entry in self._entries.values()), default=now_s) + self.timeout_s
+
     def mark_synced(self, names: Iterable[str], version: int) -> None:
         """These workers proved that they hold `version`."""
         for name in names:

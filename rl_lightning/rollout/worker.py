@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.engines.engine import EngineError, YieldsMemory
-from rl_lightning.rollout.controller import GroupFilterError, GroupRecord
+from rl_lightning.rollout.errors import GroupFilterError
+from rl_lightning.rollout.group_record import GroupRecord
 from rl_lightning.types import Lease, RolloutGroup
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 

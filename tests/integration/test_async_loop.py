@@ -15,8 +15,8 @@ from rl_lightning.modules.async_ppo import AsyncPPOModule
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.rewards.reward import WeightedReward
-from rl_lightning.rollout.controller import RolloutError
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.types import Batch, SamplingParams
 from tests.samples import LetterPrompts, always_wrong, share_of_even_digits
 

@@ -4,15 +4,11 @@ import pytest
 
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import (
-    ControllerSettings,
-    GroupRecord,
-    RolloutController,
-    RolloutError,
-    Share,
-    StepLostError,
-    Waiting,
-)
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.errors import RolloutError, StepLostError
+from rl_lightning.rollout.group_record import GroupRecord
+from rl_lightning.rollout.share import Share, Waiting
 from rl_lightning.testing import FakeClock, FakePrompts
 from rl_lightning.types import SamplingParams
 

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, GroupRecord, RolloutController, Share
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.group_record import GroupRecord
 from rl_lightning.rollout.ledger import RolloutLedger
 from rl_lightning.rollout.roster import WorkerRoster
+from rl_lightning.rollout.share import Share
 from rl_lightning.testing import FakeClock, FakePrompts
 from rl_lightning.types import SamplingParams
 
@@ -128,13 +131,13 @@ def test_leases_and_workers_expire_at_the_first_turn_after_their_deadline(seed):
 
 
 class CountingController(RolloutController):
-    """Counts how often a rank looks for its batch."""
+    """Counts how often a rank looks for its batch in vain: it then asks whether there will ever be one."""
 
-    looks = 0
+    looks_in_vain = 0
 
-    def _compose(self, version: int, world_size: int) -> bool:
-        self.looks += 1
-        return super()._compose(version, world_size)
+    async def check(self) -> None:
+        self.looks_in_vain += 1
+        await super().check()
 
 
 def test_no_rank_is_woken_before_there_is_a_batch():
@@ -146,12 +149,12 @@ def test_no_rank_is_woken_before_there_is_a_batch():
         await asyncio.sleep(0.1)
         leases = await controller.lease("a", 8)
         for n, lease in enumerate(leases):
-            assert controller.looks == 4, n
+            assert controller.looks_in_vain == 4, n
             await controller.put("a", lease, DONE, lease.index)
             await asyncio.sleep(0.01)
         shares = [await rank for rank in ranks]
         assert asyncio.get_running_loop().time() < 0.2, "they were woken, and did not find it when they looked by themselves"
-        assert all(isinstance(share, Share) for share in shares) and controller.looks == 8
+        assert all(isinstance(share, Share) for share in shares) and controller.looks_in_vain == 4
         assert sorted(index for share in shares for index in share.contents) == list(range(8))
 
     simulate(scenario())

@@ -13,8 +13,10 @@ from training_samples import Alone, make_batch, make_trainer
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, RolloutController, Share
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.rollout.share import Share
 from rl_lightning.testing import FakeEngine, FakePrompts, FakeReward
 from rl_lightning.types import Batch, Completion, GenerationRequest, RolloutGroup, SamplingParams
 

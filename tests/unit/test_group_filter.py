@@ -12,8 +12,11 @@ from rl_lightning.cli import RLCLI
 from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, GroupFilterError, RolloutController, Share
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.rollout.errors import GroupFilterError
+from rl_lightning.rollout.share import Share
 from rl_lightning.rollout.worker import GroupFilter, WorkerSettings
 from rl_lightning.testing import FakeEngine, FakePrompts
 from rl_lightning.types import RolloutGroup, SamplingParams

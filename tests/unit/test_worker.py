@@ -8,7 +8,10 @@ from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rewards.pool import RewardScore
 from rl_lightning.rollout.admission import StalenessGate
-from rl_lightning.rollout.controller import ControllerSettings, RolloutController, RolloutError, Share
+from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_settings import ControllerSettings
+from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.share import Share
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, sample_seed
 from rl_lightning.testing import FakeEngine, FakePrompts, FakeTokenizer

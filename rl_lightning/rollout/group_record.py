@@ -1,0 +1,40 @@
+"""GroupRecord: what a worker tells the controller of a finished group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rl_lightning.types import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """The little that the controller reads of a finished group; the group itself travels as a reference.
+
+    Attributes:
+        n_tokens: prompt and answer tokens of all sequences.
+        n_answer_tokens: generated tokens.
+        success_rate: share of answers with a positive reward.
+        failures: reward failures by kind.
+        passes_filter: what the user's `group_filter` says of it.
+    """
+
+    n_tokens: int
+    n_answer_tokens: int
+    success_rate: float
+    failures: Mapping[str, int] = field(default_factory=dict)
+    passes_filter: bool = True
+
+    @classmethod
+    def of(cls, group: RolloutGroup, *, passes_filter: bool) -> GroupRecord:
+        """The record of `group`."""
+        answers = group.rollouts
+        return cls(
+            n_tokens=group.n_tokens,
+            n_answer_tokens=sum(len(r.completion) for r in answers),
+            success_rate=sum(r.reward > 0 for r in answers) / len(answers),
+            failures=Counter(r.reward_failure for r in answers if r.reward_failure),
+            passes_filter=passes_filter,
+        )
