@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_client import CONTROLLER_POLL_S, CONTROLLER_RESTART_S
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.errors import RolloutError
-from rl_lightning.rollout.worker import CONTROLLER_POLL_S, CONTROLLER_RESTART_S, RolloutWorkerActor, WorkerSettings
+from rl_lightning.rollout.worker import WorkerSettings
+from rl_lightning.rollout.worker_actor import RolloutWorkerActor
 
 if TYPE_CHECKING:
     from rl_lightning.engines.engine import Engine

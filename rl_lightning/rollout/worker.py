@@ -15,35 +15,25 @@ controller gives its leases to others.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import logging
-import os
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rl_lightning.engines.engine import EngineError, YieldsMemory
 from rl_lightning.rollout.errors import GroupFilterError
+from rl_lightning.rollout.group_filter import GroupFilter, passes
 from rl_lightning.rollout.group_record import GroupRecord
 from rl_lightning.types import Lease, RolloutGroup
-from rl_lightning.weights.transport import WeightTarget, WeightUpdate
+from rl_lightning.weights.transport import WeightUpdate
 
 if TYPE_CHECKING:
     from rl_lightning.engines.engine import Engine
-    from rl_lightning.rewards.pool import RewardPool
     from rl_lightning.rollout.workflow import Scorer, Workflow
 
 logger = logging.getLogger(__name__)
-
-CONTROLLER_RESTART_S = 120.0
-CONTROLLER_POLL_S = 0.5
-
-GroupFilter = Callable[[RolloutGroup], bool]
-"""Whether a group may be trained on."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +182,7 @@ class RolloutWorker:
         try:
             group = await self._workflow.run(lease, self.engine, self._score, self._decode)
             group = RolloutGroup(group.index, group.prompt, group.rollouts, self.settings.name, time.monotonic() - started_s)
-            record = self._record(group, passes_filter=lease.evaluation or self._passes_filter(group))
+            record = GroupRecord.of(group, passes_filter=lease.evaluation or passes(self.settings.group_filter, group))
             await self.controller.put(self.settings.name, lease, record, self._store(group))
         except EngineError as error:
             self._engine_failed(error)
@@ -260,152 +250,3 @@ class RolloutWorker:
     def _key(lease: Lease) -> int:
         """Submissions of training are counted from 0, those of evaluation from 1: keys keep them apart."""
         return -lease.submission if lease.evaluation else lease.submission
-
-    def _passes_filter(self, group: RolloutGroup) -> bool:
-        group_filter = self.settings.group_filter
-        try:
-            return group_filter is None or bool(group_filter(group))
-        except Exception as error:  # a user's predicate may raise anything, and would again
-            name = getattr(group_filter, "__qualname__", type(group_filter).__qualname__)
-            raise GroupFilterError(
-                f"data.group_filter {name} raised {type(error).__name__}: {error} on prompt group {group.index} "
-                f"({group.prompt.query_id}); mend it, or set group_filter to null"
-            ) from error
-
-    @staticmethod
-    def _record(group: RolloutGroup, *, passes_filter: bool) -> GroupRecord:
-        answers = group.rollouts
-        return GroupRecord(
-            n_tokens=group.n_tokens,
-            n_answer_tokens=sum(len(r.completion) for r in answers),
-            success_rate=sum(r.reward > 0 for r in answers) / len(answers),
-            failures=Counter(r.reward_failure for r in answers if r.reward_failure),
-            passes_filter=passes_filter,
-        )
-
-
-class ControllerClient:
-    """The controller's methods as coroutines, over its Ray actor handle.
-
-    A call that finds the controller's process dead waits until Ray has started it again; all of them may come twice.
-    """
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        import ray
-
-        remote = getattr(self._handle, method).remote
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            give_up_s = time.monotonic() + CONTROLLER_RESTART_S
-            while True:
-                try:
-                    return await remote(*args, **kwargs)
-                except ray.exceptions.ActorUnavailableError:
-                    if time.monotonic() > give_up_s:
-                        raise
-                await asyncio.sleep(CONTROLLER_POLL_S)
-
-        return call
-
-
-class RolloutWorkerActor:
-    """A RolloutWorker in a process of its own (a Ray actor): its event loop runs in one thread, Ray's calls in others.
-
-    The worker starts in `__init__`, so that an actor that Ray restarted goes on without anybody's help.
-
-    Args:
-        settings: of the worker.
-        controller: name of the RolloutController's actor.
-        engine, workflow: pickled from the driver.
-        rewards: what scores the answers, not started yet.
-    """
-
-    def __init__(
-        self, settings: WorkerSettings, controller: str, engine: Engine, workflow: Workflow, rewards: RewardPool
-    ) -> None:
-        import threading
-
-        import torch
-
-        torch.set_num_threads(1)
-        if os.path.isdir(settings.folder):
-            os.chdir(settings.folder)
-        self.settings, self.controller = settings, controller
-        self.engine, self.workflow, self.rewards = engine, workflow, rewards
-        self.worker: RolloutWorker | None = None
-        self._outbox: dict[int, RolloutGroup] = {}
-        self._keys = itertools.count()
-        self._loop = asyncio.new_event_loop()
-        self._main: asyncio.Task[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="rollout-worker", daemon=True)
-        self._thread.start()
-
-    def target(self) -> WeightTarget:
-        """How its engine takes weights; meaningful once it was registered."""
-        engine = self.engine if self.worker is None else self.worker.engine
-        return replace(engine.target, name=self.settings.name)
-
-    def update_weights(self, update: WeightUpdate, timeout_s: float) -> float:
-        """See `RolloutWorker.update_weights`; gives up after `timeout_s`."""
-        if self.worker is None:
-            raise EngineError(f"{self.settings.name}: still starting")
-        future = asyncio.run_coroutine_threadsafe(self.worker.update_weights(update), self._loop)
-        try:
-            return future.result(timeout_s)
-        except TimeoutError:
-            future.cancel()
-            raise EngineError(
-                f"{self.settings.name}: weights of version {update.version} not loaded within {timeout_s:.0f} s"
-            ) from None
-
-    def yield_memory(self, timeout_s: float) -> None:
-        """See `RolloutWorker.yield_memory`."""
-        if self.worker is not None:
-            asyncio.run_coroutine_threadsafe(self.worker.yield_memory(), self._loop).result(timeout_s)
-
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Ends the engine and the rewards; returns when their processes are gone."""
-        if self._main is not None:
-            self._loop.call_soon_threadsafe(self._main.cancel)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._main = self._loop.create_task(_serve(self))
-        with contextlib.suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(self._main)
-
-    def fetch(self, key: int) -> tuple[RolloutGroup, bool]:
-        """A finished group, once, and a flag that it arrived. Whoever calls owns the two objects."""
-        return self._outbox.pop(key), True
-
-    def keep(self, group: RolloutGroup) -> int:
-        """Holds a finished group until it is fetched; returns the key to it."""
-        self._outbox[key := next(self._keys)] = group
-        return key
-
-
-async def _serve(actor: RolloutWorkerActor) -> None:
-    """The actor's whole life. Not a method: a coroutine among its methods would make Ray run all of them on one loop."""
-    import ray
-
-    from rl_lightning.prompts.tokenizer import load_tokenizer
-
-    client, name = ControllerClient(ray.get_actor(actor.controller)), actor.settings.name
-    try:
-        tokenizer = load_tokenizer(actor.settings.model_path)
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-        async with actor.rewards as score:
-            handle = ray.get_runtime_context().current_actor
-            actor.worker = RolloutWorker(actor.settings, client, actor.engine, actor.workflow, score, decode, actor.keep, handle)
-            await actor.worker.run()
-    except Exception as error:  # nobody awaits this thread: the reason must reach the trainer
-        logger.exception("%s failed", name)
-        with contextlib.suppress(ray.exceptions.RayActorError):  # the controller itself may be what failed
-            await client.fail(f"{name} failed: {type(error).__name__}: {error}")

@@ -16,8 +16,9 @@ from rl_lightning.rollout.controller import RolloutController
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.datamodule import RolloutDataModule
 from rl_lightning.rollout.errors import GroupFilterError
+from rl_lightning.rollout.group_filter import GroupFilter
 from rl_lightning.rollout.share import Share
-from rl_lightning.rollout.worker import GroupFilter, WorkerSettings
+from rl_lightning.rollout.worker import WorkerSettings
 from rl_lightning.testing import FakeEngine, FakePrompts
 from rl_lightning.types import RolloutGroup, SamplingParams
 
