@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -10,15 +9,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
-
 from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller_settings import ControllerSettings
-from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.engine_choice import choose_transport, make_engine
+from rl_lightning.rollout.fleet_owner import FleetOwner
 from rl_lightning.rollout.loader import Agree, EvaluationLoader, Resync, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
@@ -32,11 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_S = 10.0
-STOP_AFTER_FAILURE_S = 3.0
 
-
-class RolloutDataModule(LightningDataModule):
+class RolloutDataModule(FleetOwner):
     """Feeds the trainer with rollouts that engines generate at the same time, at most `max_head_offpolicyness` old.
 
     Args:
@@ -77,10 +71,6 @@ class RolloutDataModule(LightningDataModule):
         validation_group_size: answers to each validation prompt.
         validation_generation: how they are sampled; None is as in training.
         ray_init: arguments of `ray.init`, for a trainer whose strategy does not bring a Ray cluster.
-
-    Attributes:
-        fleet: controller and workers; None before they start and after they ended.
-        keeps_fleet: whether the driver of a RayStrategy keeps them when the trainer fails, for `adopt`.
 
     Raises:
         ValueError: options that contradict each other; the message names both.
@@ -123,7 +113,7 @@ class RolloutDataModule(LightningDataModule):
         validation_generation: SamplingParams | None = None,
         ray_init: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(ray_init)
         if not rewards:
             raise ValueError(
                 "rewards is empty: give at least one, e.g. rewards: [{reward: rl_lightning.rewards.exact.exact_match}]"
@@ -150,11 +140,8 @@ class RolloutDataModule(LightningDataModule):
         self.reward_timeout_s, self.reward_memory_gb, self.reward_processes = reward_timeout_s, reward_memory_gb, reward_processes
         self.validation_prompts, self.validation_group_size = validation_prompts, validation_group_size
         self.validation_generation = validation_generation or generation
-        self.ray_init = ray_init
-        self.fleet: RolloutFleet | None = None
-        self.keeps_fleet = False
         self.resync: Resync | None = None
-        self._loaded = self._connected = False
+        self._loaded = False
         self._warn_of_bias()
 
     # -- before anything starts
@@ -183,19 +170,20 @@ class RolloutDataModule(LightningDataModule):
         """Training steps of one pass over the prompts, the last one filled up from the next epoch."""
         return math.ceil(len(self.prompts) / self.batch_size)
 
-    # -- LightningDataModule
+    # -- FleetOwner
 
-    def setup(self, stage: str) -> None:
-        """Starts controller and workers on rank 0, unless the driver has; they load while the trainer builds its model."""
-        if self.fleet is None:
-            self._check(stage)
-            fleet = self._launch() if self._trainer.is_global_zero else None
-            shared = self._trainer.strategy.broadcast(fleet)
-            self.fleet = fleet or shared
-        assert self.fleet is not None
-        self.fleet.restores = self._trainer.is_global_zero
+    def check(self, stage: str) -> None:
+        """What can be wrong with the data, before an engine starts.
 
-    # -- Companion: where RayStrategy trains, the engines belong to its driver and outlive the ranks
+        Raises:
+            ValueError: names the options that do not go together, or the file and line.
+        """
+        self.check_inputs()
+        world_size = self._ranks()[1]
+        self._check_shares(world_size)
+        module: Any = self._trainer.lightning_module
+        if stage == "fit" and hasattr(module, "check_data"):
+            module.check_data(self, world_size)
 
     def demand(self) -> Demand:
         """What the engines need that must be there; those of an earlier attempt have theirs, as far as they live."""
@@ -205,38 +193,31 @@ class RolloutDataModule(LightningDataModule):
         options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
         return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
 
-    def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
-        """Starts controller and workers, or has those of an earlier attempt begin anew."""
-        self.trainer = trainer
-        self._check("fit" if trainer.state.fn == TrainerFn.FITTING else "")
-        if self.fleet is not None:
-            try:
-                self.fleet.begin()
-                logger.info("the engines of the attempt before are kept")
-            except RolloutError as error:
-                logger.warning("the engines are started again: %s", error)
-                self.fleet.stop()
-                self.fleet = None
-        self.fleet = self.fleet or self._launch()
-        return self.fleet
+    def launch(self) -> RolloutFleet:
+        """See `FleetOwner.launch`."""
+        from rl_lightning.prompts.source import PromptSource
+        from rl_lightning.rewards.pool import RewardPool
+        from rl_lightning.rollout.fleet import FleetSettings, RolloutFleet
+        from rl_lightning.rollout.worker import WorkerSettings
 
-    def end_on_driver(self, error: BaseException | None) -> bool:
-        """Ends the engines, unless the trainer alone failed and another attempt is to come."""
-        if self.fleet is None:
-            return False
-        if error is not None and self.keeps_fleet and self._may_keep_fleet(error):
-            return True
-        self.fleet.stop(STOP_S if error is None else STOP_AFTER_FAILURE_S)
-        self.fleet = None
-        return False
+        settings = FleetSettings(
+            self.num_engines, self.min_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s
+        )
+        room = math.ceil(self.gate.max_concurrent_rollouts / self.min_engines)
+        pool = RewardPool(self.rewards, self.reward_processes, self.reward_timeout_s, self.reward_memory_gb)
+        return RolloutFleet.launch(
+            settings,
+            self._controller_settings(),
+            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter, folder=os.getcwd()),
+            PromptSource(self.prompts, self.seed, self.shuffle),
+            self.validation_prompts,
+            self.engine,
+            self.workflow,
+            pool,
+            getattr(self._trainer.strategy, "env_vars", {}),
+        )
 
-    def join(self, shared: RolloutFleet) -> None:
-        """This rank's way to the engines."""
-        self.fleet = shared
-
-    def adopt(self, before: RolloutDataModule) -> None:
-        """Takes the engines that the data module of a failed attempt has kept."""
-        self.fleet, before.fleet = before.fleet, None
+    # -- LightningDataModule
 
     def train_dataloader(self) -> RolloutLoader:
         """This rank's batches of one epoch."""
@@ -262,20 +243,6 @@ class RolloutDataModule(LightningDataModule):
             self._clear_gpu()
         return batch
 
-    def teardown(self, stage: str) -> None:
-        """Ends engines, rewards and actors."""
-        if self.fleet is not None:
-            from rl_lightning.strategies.cluster import disconnect
-
-            self.fleet.stop()
-            self.fleet = None
-            if self._connected:
-                disconnect()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """A failed run leaves no engine behind."""
-        self.teardown("exception")
-
     def state_dict(self) -> dict[str, Any]:
         """The position in the prompts and which of them are open."""
         if self.fleet is None:
@@ -296,22 +263,6 @@ class RolloutDataModule(LightningDataModule):
 
     # -- inside
 
-    @staticmethod
-    def _may_keep_fleet(error: BaseException) -> bool:
-        """Whether nothing of the fleet's own is wrong."""
-        from rl_lightning.failure import find_cause, may_be_mended_by_restart
-
-        return isinstance(error, Exception) and may_be_mended_by_restart(error) and find_cause(error, (RolloutError,)) is None
-
-    def _check(self, stage: str) -> None:
-        """What can be wrong with the data, before an engine starts."""
-        self.check_inputs()
-        world_size = self._ranks()[1]
-        self._check_shares(world_size)
-        module: Any = self._trainer.lightning_module
-        if stage == "fit" and hasattr(module, "check_data"):
-            module.check_data(self, world_size)
-
     def _check_shares(self, world_size: int) -> None:
         if self.batch_size % world_size:
             raise ValueError(
@@ -323,34 +274,6 @@ class RolloutDataModule(LightningDataModule):
                 f"validation_prompts holds {len(self.validation_prompts)} prompts, too few for {world_size} trainer ranks "
                 f"(num_workers or devices): give each rank at least one, or set validation_prompts to null"
             )
-
-    def _launch(self) -> RolloutFleet:
-        import ray
-
-        from rl_lightning.prompts.source import PromptSource
-        from rl_lightning.rewards.pool import RewardPool
-        from rl_lightning.rollout.fleet import FleetSettings, RolloutFleet
-        from rl_lightning.rollout.worker import WorkerSettings
-        from rl_lightning.strategies.cluster import connect
-
-        self._connected = not ray.is_initialized()
-        connect(self.ray_init)
-        settings = FleetSettings(
-            self.num_engines, self.min_engines, self.cpus_per_engine, self._gpus_per_engine(), self.start_timeout_s
-        )
-        room = math.ceil(self.gate.max_concurrent_rollouts / self.min_engines)
-        pool = RewardPool(self.rewards, self.reward_processes, self.reward_timeout_s, self.reward_memory_gb)
-        return RolloutFleet.launch(
-            settings,
-            self._controller_settings(),
-            WorkerSettings("worker", self.model_path, room, group_filter=self.group_filter, folder=os.getcwd()),
-            PromptSource(self.prompts, self.seed, self.shuffle),
-            self.validation_prompts,
-            self.engine,
-            self.workflow,
-            pool,
-            getattr(self._trainer.strategy, "env_vars", {}),
-        )
 
     def _controller_settings(self) -> ControllerSettings:
         return ControllerSettings(
@@ -423,29 +346,3 @@ class RolloutDataModule(LightningDataModule):
                 "log-probabilities are trained on: importance weights are biased; top_p=1, top_k=-1 avoid it",
                 params.greedy, params.top_p, params.top_k,
             )  # fmt: skip
-
-
-def make_engine() -> Engine:
-    """SGLang where it is installed, else the embedded engine."""
-    if importlib.util.find_spec("sglang") is not None:
-        from rl_lightning.engines.sglang import SGLangEngine
-
-        return SGLangEngine()
-    from rl_lightning.engines.torch import TorchEngine
-
-    return TorchEngine()
-
-
-def choose_transport(engine: Engine, wanted: str) -> str:
-    """`wanted`, or the engine's preferred transport for `auto`.
-
-    Raises:
-        ValueError: the engine cannot receive by it.
-    """
-    if wanted == "auto":
-        return engine.transports[0]
-    if wanted not in engine.transports:
-        raise ValueError(
-            f"weight_transport={wanted} does not work with {type(engine).__name__}; it receives by {', '.join(engine.transports)}"
-        )
-    return wanted
