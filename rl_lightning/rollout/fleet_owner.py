@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
@@ -23,7 +23,7 @@ STOP_S = 10.0
 STOP_AFTER_FAILURE_S = 3.0
 
 
-class FleetOwner(LightningDataModule):
+class FleetOwner(LightningDataModule, ABC):
     """Starts a fleet when training begins and ends it with the run.
 
     Where a RayStrategy trains it is a `Companion`: the fleet belongs to the driver and outlives the ranks, so that the next
