@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -86,14 +87,22 @@ def _unknown(option: str, owner: str, known: Iterable[str]) -> str:
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Names of a class's options, and of the options in their groups."""
+    """Names of a class's options, of those that it hands on to its base, and of the options in their groups."""
     module, _, name = class_path.rpartition(".")
     if not module:
         return []
-    owner = getattr(import_module(module), name)
-    names = list(inspect.signature(owner).parameters)
-    groups = (hint for hint in get_type_hints(owner.__init__).values() if is_dataclass(hint))
-    return names + [field.name for group in groups for field in fields(group)]
+    names: list[str] = []
+    for owner in getattr(import_module(module), name).__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(owner.__init__).parameters
+        names += parameters
+        with contextlib.suppress(NameError):  # annotations that only type checkers can read
+            groups = (hint for hint in get_type_hints(owner.__init__).values() if is_dataclass(hint))
+            names += [field.name for group in groups for field in fields(group)]
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def _kind(text: str) -> str:

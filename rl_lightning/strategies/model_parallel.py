@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from rl_lightning.strategies.environment import Placement
 from rl_lightning.strategies.ranks import RayRanks
 
 CPU_AND_GPU = "cpu:gloo,cuda:nccl"
@@ -26,7 +24,7 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         tensor_parallel_size: ranks that share every layer's matrices; must divide the ranks and the model's heads.
         cpu_offload: keep weights and optimiser in the machine's memory and bring a layer to the GPU while it runs.
         save_distributed_checkpoint: each rank saves its own share, and a checkpoint is a folder; false: one file, whole.
-        num_workers: ranks, and with them the other options that follow: see `RayStrategy`.
+        **kwargs: of `RayRanks`, all but `return_weights`.
 
     Raises:
         ValueError: a size that is not positive, or that does not divide the ranks.
@@ -39,43 +37,22 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         tensor_parallel_size: int = 1,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
-        num_workers: int | None = None,
-        num_cpus_per_worker: float = 1.0,
-        num_gpus_per_worker: float | None = None,
-        address: str | None = None,
-        ray_init: dict[str, Any] | None = None,
-        env_vars: dict[str, str] | None = None,
-        placement: Placement = "PACK",
-        start_timeout_s: float = 300.0,
-        stop_timeout_s: float = 8.0,
-        collective_timeout_s: float = 1800.0,
-        process_group_backend: str | None = None,
+        **kwargs: Any,
     ) -> None:
+        num_workers = kwargs.get("num_workers")
         if tensor_parallel_size < 1 or (num_workers or tensor_parallel_size) % tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={tensor_parallel_size} of RayModelParallelStrategy must be at least 1 and divide the "
                 f"number of ranks (num_workers={num_workers})"
             )
         super().__init__(
+            data_parallel_size="auto",  # what tensor parallelism leaves of the ranks
             tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=collective_timeout_s),
+            return_weights=False,  # the driver's module is empty, and the whole model may fit nowhere
+            **kwargs,
         )
         self.cpu_offload = cpu_offload
-        self.configure_ranks(
-            num_workers=num_workers,
-            num_cpus_per_worker=num_cpus_per_worker,
-            num_gpus_per_worker=num_gpus_per_worker,
-            address=address,
-            ray_init=ray_init,
-            env_vars=env_vars,
-            start_timeout_s=start_timeout_s,
-            stop_timeout_s=stop_timeout_s,
-            collective_timeout_s=collective_timeout_s,
-            placement=placement,
-            return_weights=False,  # the driver's module is empty, and the whole model may fit nowhere
-        )
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -31,37 +31,56 @@ class RayRanks(ParallelStrategy):
     the others are ended and one RayWorkerError names it.  Ctrl-C or SIGTERM at the driver lets the ranks finish
     their step and raises in all of them at the same one, so that callbacks can save.
 
+    Args:
+        num_workers: ranks; None is what the trainer's `devices` and `num_nodes` say.
+        num_cpus_per_worker: Ray CPUs that each worker takes, above 0.
+        num_gpus_per_worker: Ray GPUs that each takes; None is 1 if the trainer's accelerator is CUDA, else 0.
+        address: `local` starts a Ray cluster on this machine, `auto` joins the one that runs on it, `host:port` that one;
+            null is the environment variable RAY_ADDRESS, else a cluster that runs here is joined or one is started.
+        ray_init: other arguments of `ray.init`.
+        env_vars: environment variables of the workers.
+        placement: of the ranks: on as few nodes as can be (`PACK`) or on one (`STRICT_PACK`), over as many as can be
+            (`SPREAD`) or each on another one (`STRICT_SPREAD`). Engines take what the ranks have left.
+        start_timeout_s: longest time until all workers are up.
+        stop_timeout_s: longest time between a signal and the end of the workers.
+        collective_timeout_s: longest time for one collective operation.
+        return_weights: whether the driver's module gets the trained weights. Modules built in `configure_model` are
+            empty on the driver and get none: use a checkpoint.
+        process_group_backend: of torch.distributed; None is gloo or nccl.
+        **kwargs: of Lightning's strategy.
+
     Attributes:
         reserved: the ranks' places on the cluster, kept on the driver between an attempt that failed and the next one.
+
+    Raises:
+        ValueError: a size that is not positive.
     """
 
     num_nodes: int
     _process_group_backend: str | None
     _get_process_group_backend: Callable[[], str]
 
-    def configure_ranks(
+    def __init__(
         self,
-        *,
-        num_workers: int | None,
-        num_cpus_per_worker: float,
-        num_gpus_per_worker: float | None,
-        address: str | None,
-        ray_init: Mapping[str, Any] | None,
-        env_vars: Mapping[str, str] | None,
-        start_timeout_s: float,
-        stop_timeout_s: float,
-        collective_timeout_s: float,
-        return_weights: bool,
-        placement: Placement,
+        num_workers: int | None = None,
+        num_cpus_per_worker: float = 1.0,
+        num_gpus_per_worker: float | None = None,
+        address: str | None = None,
+        ray_init: dict[str, Any] | None = None,
+        env_vars: dict[str, str] | None = None,
+        placement: Placement = "PACK",
+        start_timeout_s: float = 300.0,
+        stop_timeout_s: float = 8.0,
+        collective_timeout_s: float = 1800.0,
+        return_weights: bool = True,
+        process_group_backend: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Called by the constructor; the arguments are those of `RayStrategy`.
-
-        Raises:
-            ValueError: a size that is not positive.
-        """
         for name, value in (("num_workers", num_workers), ("num_cpus_per_worker", num_cpus_per_worker)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} of {type(self).__name__} must be above 0")
+        timeout = timedelta(seconds=collective_timeout_s)
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)  # type: ignore[call-arg]
         self.cluster_environment = RayEnvironment()
         self.num_workers = num_workers
         self.num_cpus_per_worker, self.num_gpus_per_worker = num_cpus_per_worker, num_gpus_per_worker

@@ -137,6 +137,9 @@ def test_wrong_options_of_nested_classes_are_one_sentence(capsys: pytest.Capture
     assert refused(capsys, *rollouts, rewards) == "data.rewards.wight is not an option of WeightedReward; did you mean weight?"
     expected = "data.generation.temprature is not an option of RolloutDataModule; did you mean temperature?"
     assert refused(capsys, *rollouts, "--data.generation.temprature=3") == expected
+    strategy = ["--trainer.strategy=RayModelParallelStrategy", "--trainer.strategy.colective_timeout=3"]
+    asked = "trainer.strategy.colective_timeout is not an option of RayModelParallelStrategy"
+    assert refused(capsys, *strategy) == f"{asked}; did you mean collective_timeout_s?"
 
 
 def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
