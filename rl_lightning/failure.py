@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rl_lightning.callbacks.nonfinite import NonFiniteError
 from rl_lightning.engines.engine import WeightMismatchError
+
+
+class NonFiniteError(RuntimeError):
+    """Training steps in a row could not be made; the message names the dump of the last one and how to see it again."""
+
 
 CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException, WeightMismatchError)
 """Wrong options, wrong data, wrong weights: their message says what to do."""

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rl_lightning.callbacks.share import share_number
+from rl_lightning.failure import NonFiniteError
 from rl_lightning.rollout.replay import ReplayDataModule
 from rl_lightning.rollout.saved_step import SavedStep
 from rl_lightning.types import Batch
@@ -22,10 +23,6 @@ from rl_lightning.types import Batch
 logger = logging.getLogger(__name__)
 
 CHECKPOINT, CONFIG = "step.ckpt", "config.yaml"
-
-
-class NonFiniteError(RuntimeError):
-    """Training steps in a row could not be made; the message names the dump of the last one and how to see it again."""
 
 
 class NonFiniteGuard(Callback):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rl_lightning.failure import find_cause, may_be_mended_by_restart
 from rl_lightning.rollout.errors import RolloutError
 
 if TYPE_CHECKING:
@@ -134,6 +135,4 @@ class FleetOwner(LightningDataModule, ABC):
 
 def _may_keep_fleet(error: BaseException) -> bool:
     """Whether nothing of the fleet's own is wrong."""
-    from rl_lightning.failure import find_cause, may_be_mended_by_restart
-
     return isinstance(error, Exception) and may_be_mended_by_restart(error) and find_cause(error, (RolloutError,)) is None

@@ -16,7 +16,8 @@ from rl_lightning.strategies.cluster import describe
 from rl_lightning.strategies.demand import Demand
 from rl_lightning.strategies.environment import Placement, Rank
 from rl_lightning.strategies.failures import RayWorkerError
-from rl_lightning.strategies.worker import Place, TrainWorker
+from rl_lightning.strategies.place import Place, in_order, number
+from rl_lightning.strategies.worker import TrainWorker
 
 logger = logging.getLogger(__name__)
 
@@ -142,23 +143,3 @@ class WorkerGroup:
 
     def _of_placement(self) -> str:
         return "" if self._settings.placement == "PACK" else f", or leave placement={self._settings.placement} out"
-
-
-def in_order(places: list[Place], first_node: str) -> list[int]:
-    """Indices such that places of one node follow each other, `first_node` first, else as they came."""
-    seen: dict[str, int] = {first_node: -1}
-    for i, place in enumerate(places):
-        seen.setdefault(place.node_id, i)
-    return sorted(range(len(places)), key=lambda i: (seen[places[i].node_id], i))
-
-
-def number(places: list[Place], port: int) -> list[Rank]:
-    """Ranks of ordered places; rank 0 holds the store at `port`."""
-    nodes: dict[str, int] = {}
-    local: dict[str, int] = {}
-    ranks = []
-    for i, place in enumerate(places):
-        node = nodes.setdefault(place.node_id, len(nodes))
-        local[place.node_id] = local.get(place.node_id, -1) + 1
-        ranks.append(Rank(i, len(places), local[place.node_id], node, places[0].address, port))
-    return ranks

@@ -54,6 +54,11 @@ class RayModelParallelStrategy(RayRanks, ModelParallelStrategy):
         )
         self.cpu_offload = cpu_offload
 
+    def _configure_launcher(self) -> None:
+        from rl_lightning.strategies.launcher import RayLauncher
+
+        self._launcher = RayLauncher(self)
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How data is shared out: over the data-parallel ranks; the driver counts as the first."""

@@ -128,11 +128,6 @@ class RayRanks(ParallelStrategy):
 
     # -- driver
 
-    def _configure_launcher(self) -> None:
-        from rl_lightning.strategies.launcher import RayLauncher
-
-        self._launcher = RayLauncher(self)
-
     def adopt(self, before: RayRanks) -> None:
         """Takes the places that the strategy of a failed attempt has kept."""
         self.reserved, before.reserved = before.reserved, None

@@ -18,6 +18,11 @@ class RayStrategy(RayRanks, DDPStrategy):
 
     strategy_name = "ray"
 
+    def _configure_launcher(self) -> None:
+        from rl_lightning.strategies.launcher import RayLauncher
+
+        self._launcher = RayLauncher(self)
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How data is shared out."""

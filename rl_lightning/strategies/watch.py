@@ -13,10 +13,10 @@ from typing import Any
 import ray
 
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, worker_error
+from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.progress import ProgressUpdate, ProgressView
 from rl_lightning.strategies.result import RunResult
 from rl_lightning.strategies.stopping import StopSignals
-from rl_lightning.strategies.worker import Place
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from rl_lightning.strategies.companion import find_companion
 from rl_lightning.strategies.environment import Rank, become_rank
 from rl_lightning.strategies.failures import WorkerFailure
 from rl_lightning.strategies.job import Job
+from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.result import RunResult, collect
 from rl_lightning.strategies.stopping import AGREEMENT_TIMEOUT_S, StopGate
 
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from rl_lightning.strategies.ranks import RayRanks
 
 STOP_POLL_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a worker runs."""
-
-    node_id: str
-    address: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"pid {self.pid} on {self.address}"
 
 
 class TrainWorker:

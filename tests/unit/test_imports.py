@@ -1,6 +1,7 @@
 """The tree is the architecture: imports follow the data's way, and light modules stay light."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,20 @@ def test_imports_point_upstream(path):
     order = {name: level for level, names in enumerate(LAYERS) for name in names}
     for package in package_imports(path):
         assert order.get(package, 0) <= order[path.parent.name], f"{path.parent.name} must not import {package}"
+
+
+def modules_imported(path):
+    """Modules of ours that `path` names in an import anywhere in it: at its top, in a function, or for types only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == ROOT.name:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def test_no_two_files_need_each_other():
+    files = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    needs = {name: files.keys() & set(modules_imported(path)) for name, path in files.items()}
+    try:
+        tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        pytest.fail(f"files import each other: {' -> '.join(error.args[1])}")

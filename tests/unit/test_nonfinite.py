@@ -16,9 +16,9 @@ import torch
 import yaml
 from training_samples import Alone, Batches, make_batch, make_trainer, write_model
 
-from rl_lightning.callbacks.nonfinite import NonFiniteError, NonFiniteGuard, is_nonfinite, replay_config
+from rl_lightning.callbacks.nonfinite import NonFiniteGuard, is_nonfinite, replay_config
 from rl_lightning.cli import RLCLI, main
-from rl_lightning.failure import may_be_mended_by_restart
+from rl_lightning.failure import NonFiniteError, may_be_mended_by_restart
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig

@@ -20,10 +20,9 @@ from rl_lightning.strategies import RayStrategy, cluster
 from rl_lightning.strategies.channel import EventHandler, RunChannel
 from rl_lightning.strategies.demand import Demand, shortage
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
-from rl_lightning.strategies.group import in_order, number
 from rl_lightning.strategies.job import worker_environment
+from rl_lightning.strategies.place import Place, in_order, number
 from rl_lightning.strategies.progress import ProgressForwarder, ProgressUpdate, ProgressView, replace_bars
-from rl_lightning.strategies.worker import Place
 
 # -- channel
 
