@@ -25,7 +25,7 @@ from rl_lightning.models.lora import LoRAConfig, merged_weights
 from rl_lightning.models.value_model import ValueModel
 from rl_lightning.modules.critic import Critic, ValueTargets, add_explained_variance, add_value_statistics
 from rl_lightning.modules.data_check import check_data
-from rl_lightning.modules.language_model import as_config
+from rl_lightning.modules.hyperparameters import as_config
 from rl_lightning.modules.m2_selection import select_m2
 from rl_lightning.modules.minibatches import deal_minibatches
 from rl_lightning.modules.model_check import check_models

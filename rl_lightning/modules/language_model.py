@@ -10,9 +10,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,7 +25,10 @@ from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.models.sharding import Sharding
+from rl_lightning.modules.counted_step import counted_once
 from rl_lightning.modules.data_parallel import DataParallel
+from rl_lightning.modules.hyperparameters import as_config, as_plain
+from rl_lightning.modules.model_check import check_sharded
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config")
 MicroLoss = Callable[[MicroBatch], Tensor]
 """Scalar share of a micro-batch in the loss of its minibatch; the shares of all micro-batches on all ranks add up."""
 
@@ -97,8 +98,7 @@ class LanguageModule(LightningModule):
 
     def remember(self, **options: Any) -> None:
         """Saves the constructor's `options` as plain data, so that checkpoints load without executing code."""
-        plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in options.items()}
-        self.save_hyperparameters(plain, logger=False)
+        self.save_hyperparameters(as_plain(options), logger=False)
 
     # -- LightningModule
 
@@ -118,20 +118,12 @@ class LanguageModule(LightningModule):
 
     def _choose_sharding(self) -> Sharding | None:
         """As the strategy laid out its ranks; None where every rank holds the whole model."""
-        mesh = self.device_mesh
-        if mesh is None:
+        if self.device_mesh is None:
             return None
-        if self.lora is not None:
-            raise ValueError(
-                "lora does not work on a model that is cut over ranks: use the strategy ray or ddp, or lora: null"
-            )
-        if self.dtype_name == "bfloat16":
-            raise ValueError(
-                "dtype=bfloat16 does not work on a model that is cut over ranks: use dtype: float32 and trainer.precision: "
-                "bf16-mixed, which gathers, computes and multiplies in bfloat16"
-            )
+        check_sharded(has_adapters=self.lora is not None, dtype=self.dtype_name)
         precision, strategy = self.trainer.precision, self.trainer.strategy
-        sharding = Sharding(mesh, torch.bfloat16 if precision == "bf16-mixed" else None, getattr(strategy, "cpu_offload", False))
+        compute = torch.bfloat16 if precision == "bf16-mixed" else None
+        sharding = Sharding(self.device_mesh, compute, getattr(strategy, "cpu_offload", False))
         self.ranks = DataParallel(sharding.data_group)
         return sharding
 
@@ -273,24 +265,10 @@ class LanguageModule(LightningModule):
         optimizers: Any = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    @contextmanager
-    def one_counted_step(self) -> Iterator[None]:
+    def one_counted_step(self) -> AbstractContextManager[None]:
         """Whatever updates happen inside, or none at all, the Trainer counts one global step: the version of the weights."""
-        hooks = [(optimizer, optimizer._on_before_step, optimizer._on_after_step) for optimizer in self._optimizers()]
-        for optimizer, _, _ in hooks:
-            optimizer._on_before_step = optimizer._on_after_step = lambda: None
-        try:
-            yield
-        finally:
-            for optimizer, before, after in hooks:
-                optimizer._on_before_step, optimizer._on_after_step = before, after
-        _, count_start, count_end = hooks[0]
-        count_start()
-        count_end()
         schedulers: Any = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler is not None:
-                scheduler.step()
+        return counted_once(self._optimizers(), schedulers if isinstance(schedulers, list) else [schedulers])
 
     def count_update(self, name: str, norm: float | None, statistics: StepStatistics) -> None:
         """Adds to `statistics` what `update` returned: the gradient's norm as `name`, or that nothing was updated."""
@@ -321,8 +299,3 @@ class LanguageModule(LightningModule):
     def learning_rate(self) -> float:
         """The rate of this step's updates."""
         return float(self._optimizers()[0].param_groups[0]["lr"])
-
-
-def as_config(kind: type[Config], value: Any) -> Config:
-    """`value` as a configuration of `kind`: hyper-parameters come back from checkpoints as plain dictionaries."""
-    return kind(**value) if isinstance(value, Mapping) else value

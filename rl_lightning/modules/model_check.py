@@ -1,4 +1,4 @@
-"""check_models: what the objective's options and the models beside the actor only know together."""
+"""What options and models only know together."""
 
 from __future__ import annotations
 
@@ -43,3 +43,18 @@ def check_models(
     for name, value in (("critic_max_tokens_per_mb", critic_max_tokens_per_mb), ("ref_max_tokens_per_mb", ref_max_tokens_per_mb)):
         if value is not None and value < 2:
             raise ValueError(f"{name}={value} must hold at least a prompt and an answer token")
+
+
+def check_sharded(*, has_adapters: bool, dtype: str) -> None:
+    """Refuses what a model that is cut over ranks cannot have.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    if has_adapters:
+        raise ValueError("lora does not work on a model that is cut over ranks: use the strategy ray or ddp, or lora: null")
+    if dtype == "bfloat16":
+        raise ValueError(
+            "dtype=bfloat16 does not work on a model that is cut over ranks: use dtype: float32 and trainer.precision: "
+            "bf16-mixed, which gathers, computes and multiplies in bfloat16"
+        )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rl_lightning.modules.credit import assign_credit, token_rewards
-from rl_lightning.modules.language_model import LanguageModule, as_config
+from rl_lightning.modules.hyperparameters import as_config
+from rl_lightning.modules.language_model import LanguageModule
 from rl_lightning.modules.policy_batch import LossTokens
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.modules.scored_batch import ScoredBatch
