@@ -204,19 +204,19 @@ class RolloutDataModule(LightningDataModule):
         options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
         return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
 
-    def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
+    def start_on_driver(self, trainer: Trainer, check: Callable[[], None]) -> RolloutFleet:
         """Starts controller and workers, or has those of an earlier attempt begin anew."""
         self.trainer = trainer
         self._check("fit" if trainer.state.fn == TrainerFn.FITTING else "")
         if self.fleet is not None:
             try:
-                self.fleet.begin()
+                self.fleet.begin(check)
                 logger.info("the engines of the attempt before are kept")
             except RolloutError as error:
                 logger.warning("the engines are started again: %s", error)
                 self.fleet.stop()
                 self.fleet = None
-        self.fleet = self.fleet or self._launch()
+        self.fleet = self.fleet or self._launch(check)
         return self.fleet
 
     def end_on_driver(self, error: BaseException | None) -> bool:
@@ -323,7 +323,7 @@ class RolloutDataModule(LightningDataModule):
                 f"(num_workers or devices): give each rank at least one, or set validation_prompts to null"
             )
 
-    def _launch(self) -> RolloutFleet:
+    def _launch(self, check: Callable[[], None] = lambda: None) -> RolloutFleet:
         import ray
 
         from rl_lightning.prompts.source import PromptSource
@@ -349,6 +349,7 @@ class RolloutDataModule(LightningDataModule):
             self.workflow,
             pool,
             getattr(self._trainer.strategy, "env_vars", {}),
+            check,
         )
 
     def _controller_settings(self) -> ControllerSettings:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_RESTART_S = 120.0
+CONTROLLER_RESTART_S = 300.0
 CONTROLLER_POLL_S = 0.5
 
 GroupFilter = Callable[[RolloutGroup], bool]
