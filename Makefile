@@ -62,7 +62,7 @@ quickstart: venv $(MODEL)/config.json
 	@echo "             docs/your_own_reward.md, docs/your_own_loss.md, recipes/"
 
 test: venv
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import yaml
 from rl_lightning.types import GenerationRequest, Prompt
 
 ROOT = Path(__file__).parents[1]
-WAIT_S = 300.0
+WAIT_S = 500.0
 POLL_S = 0.05
 REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 1000.0, 3.0
 N_PROMPTS, LONG = 200, 600
@@ -159,10 +159,14 @@ class FaultRun:
             time.sleep(POLL_S)
         return time.monotonic() - began
 
-    def finish(self) -> None:
-        """Waits for the end of the run, which must be a good one."""
+    def finish(self, restarts: int = 0) -> None:
+        """Waits for the end of the run, which must be a good one that started again `restarts` times."""
         self.wait(lambda: self.process.poll() is not None, "end of the run", running=False)
-        assert self.process.returncode == 0, self.output()
+        assert (self.process.returncode, self.restarts) == (0, restarts), self.output()
+
+    def trained_on_all_once(self, n_prompts: int = N_PROMPTS) -> bool:
+        """Whether no prompt was lost or trained on twice."""
+        return self.trained() == {index: 1 for index in range(n_prompts)}
 
     def output(self) -> str:
         """The end of what the run printed, without the metrics of every step."""

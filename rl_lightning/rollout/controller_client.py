@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-CONTROLLER_RESTART_S = 120.0
+CONTROLLER_RESTART_S = 300.0
 """Longest time in which Ray starts a controller again that died."""
 
 CONTROLLER_POLL_S = 0.5

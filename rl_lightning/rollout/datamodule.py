@@ -24,7 +24,7 @@ from rl_lightning.types import RolloutGroup, SamplingParams
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from rl_lightning.rollout.fleet import RolloutFleet
+    from rl_lightning.rollout.fleet import Check, RolloutFleet
     from rl_lightning.strategies.demand import Demand
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class RolloutDataModule(FleetOwner):
 
     # -- FleetOwner
 
-    def check(self, stage: str) -> None:
+    def check_run(self, stage: str) -> None:
         """What can be wrong with the data, before an engine starts.
 
         Raises:
@@ -193,7 +193,7 @@ class RolloutDataModule(FleetOwner):
         options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
         return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
 
-    def launch(self) -> RolloutFleet:
+    def launch(self, check: Check) -> RolloutFleet:
         """See `FleetOwner.launch`."""
         from rl_lightning.prompts.source import PromptSource
         from rl_lightning.rewards.pool import RewardPool
@@ -215,6 +215,7 @@ class RolloutDataModule(FleetOwner):
             self.workflow,
             pool,
             getattr(self._trainer.strategy, "env_vars", {}),
+            check,
         )
 
     # -- LightningDataModule

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 60.0
 STOP_CALL_TIMEOUT_S = 3.0
+CHECK_S = 0.5
 PROGRESS_S = 30.0
+
+Check = Callable[[], None]
+"""Called again and again during a wait; raises to give up."""
 
 
 class ControllerLostError(RuntimeError):
@@ -74,7 +78,7 @@ class FleetSettings:
         num_engines: rollout workers, each with one engine.
         min_engines: as many must be ready before the trainer starts; the others join whenever Ray has a place for them.
         cpus_per_engine, gpus_per_engine: Ray resources of one worker.
-        start_timeout_s: until every engine is ready.
+        start_timeout_s: until the controller's process is up, and from then on until every engine is ready.
     """
 
     num_engines: int
@@ -118,8 +122,9 @@ class RolloutFleet:
         workflow: Workflow,
         rewards: RewardPool,
         env_vars: Mapping[str, str],
+        check: Check = lambda: None,
     ) -> RolloutFleet:
-        """Starts all actors in the cluster that this process is connected to; does not wait for the engines."""
+        """Starts all actors in the cluster that this process is connected to; waits for the controller, not for the engines."""
         import ray
 
         from rl_lightning.strategies.cluster import beside_me
@@ -141,19 +146,29 @@ class RolloutFleet:
         for i in range(settings.num_engines):
             named = replace(worker, name=f"worker {i}")
             fleet.workers[named.name] = actor.remote(named, name, engine, workflow, rewards)
-        fleet.begin()
+        try:
+            fleet.begin(check)
+        except BaseException:
+            fleet.stop()
+            raise
         return fleet
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy can speak to the actors but does not own them."""
         return {**self.__dict__, "workers": {}, "restores": False}
 
-    def begin(self) -> None:
-        """A trainer starts: what an earlier one left is void; its engines are kept, and register again at once."""
+    def begin(self, check: Check = lambda: None) -> None:
+        """A trainer starts: what an earlier one left is void; its engines are kept, and register again at once.
+
+        Raises:
+            RolloutError: the controller's process was not up within `start_timeout_s`, or died for good.
+        """
         if self.life:
             self.wanted = 1  # those that live; the others join when Ray has a place for them
         self.life, self.state = uuid.uuid4().hex, None
-        self._until_answered(lambda: self._ask("live", self.life, None, published=False))
+        start_s = self.settings.start_timeout_s
+        live = self.life, None
+        self._until_answered(lambda: self._ask("start", "live", *live, published=False, timeout_s=start_s, check=check))
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
         """Result of a controller method; waits for a controller that Ray is starting again.
@@ -161,7 +176,8 @@ class RolloutFleet:
         Raises:
             RolloutError: what the controller raised, or that it died for good or did not answer in time.
         """
-        return self._until_answered(lambda: self._ask("ask", self.life, method, *args, timeout_s=timeout_s, **kwargs))
+        what = f"answer {method!r}"
+        return self._until_answered(lambda: self._ask(what, "ask", self.life, method, *args, timeout_s=timeout_s, **kwargs))
 
     def _until_answered(self, ask: Callable[[], Any]) -> Any:
         give_up_s = time.monotonic() + CONTROLLER_RESTART_S
@@ -178,19 +194,21 @@ class RolloutFleet:
         if not self.restores:
             return
         with contextlib.suppress(ControllerLostError):
-            self._ask("live", self.life, self.state, published=True)
+            self._ask("go on", "live", self.life, self.state, published=True)
             logger.warning("the rollout controller had died; it goes on from version %d", (self.state or {}).get("version", 0))
 
-    def _ask(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
+    def _ask(
+        self, what: str, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, check: Check = lambda: None, **kwargs: Any
+    ) -> Any:
+        """Result of the actor's own method; `what` the controller is asked to do, for messages."""
         import ray
 
+        answer = getattr(self.controller, method).remote(*args, **kwargs)
+        _await(answer, f"the rollout controller to {what}", timeout_s, check)
         try:
-            return ray.get(getattr(self.controller, method).remote(*args, **kwargs), timeout=timeout_s)
+            return ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.GetTimeoutError:
-            asked = args[1] if method == "ask" else method
-            raise RolloutError(f"the rollout controller did not answer {asked!r} within {timeout_s:.0f} s") from None
         except ray.exceptions.ActorUnavailableError:
             raise ControllerLostError from None
         except ray.exceptions.RayActorError as error:
@@ -239,6 +257,25 @@ class RolloutFleet:
         if not self.workers:
             return []
         try:
-            return [name for name, _ in self._ask("workers", timeout_s=STOP_CALL_TIMEOUT_S)]
+            return [name for name, _ in self._ask("answer", "workers", timeout_s=STOP_CALL_TIMEOUT_S)]
         except (RolloutError, ControllerLostError):
             return []
+
+
+def _await(answer: Any, what: str, timeout_s: float, check: Check) -> None:
+    """Returns when `answer` is there, as a value or an error.
+
+    Raises:
+        RolloutError: it was not within `timeout_s`.
+    """
+    import ray
+
+    started = told = time.monotonic()
+    while not ray.wait([answer], timeout=min(CHECK_S, timeout_s))[0]:
+        check()
+        now = time.monotonic()
+        if now - started >= timeout_s:
+            raise RolloutError(f"waited {timeout_s:.0f} s for {what}, in vain: its node may be too busy, or cut off")
+        if now - told > PROGRESS_S:
+            told = now
+            logger.info("waiting for %s since %.0f s, at most %.0f s", what, now - started, timeout_s)

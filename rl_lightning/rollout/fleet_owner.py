@@ -15,7 +15,7 @@ from rl_lightning.rollout.errors import RolloutError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from rl_lightning.rollout.fleet import RolloutFleet
+    from rl_lightning.rollout.fleet import Check, RolloutFleet
     from rl_lightning.strategies.demand import Demand
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class FleetOwner(LightningDataModule, ABC):
     # -- of the subclass
 
     @abstractmethod
-    def check(self, stage: str) -> None:
+    def check_run(self, stage: str) -> None:
         """Finds what can be wrong with the data, before an engine starts; `stage` is `fit` or another of Lightning's."""
 
     @abstractmethod
@@ -56,8 +56,8 @@ class FleetOwner(LightningDataModule, ABC):
         """See `Companion`: what the fleet asks of the cluster."""
 
     @abstractmethod
-    def launch(self) -> RolloutFleet:
-        """Starts a fleet in the cluster that this process has joined; does not wait for its engines."""
+    def launch(self, check: Check) -> RolloutFleet:
+        """Starts a fleet in the cluster that this process has joined; waits for its controller, not for its engines."""
 
     # -- LightningDataModule
 
@@ -65,8 +65,8 @@ class FleetOwner(LightningDataModule, ABC):
         """Starts controller and workers on rank 0, unless the driver has; they load while the trainer builds its model."""
         assert self.trainer is not None
         if self.fleet is None:
-            self.check(stage)
-            fleet = self._connect_and_launch() if self.trainer.is_global_zero else None
+            self.check_run(stage)
+            fleet = self._connect_and_launch(lambda: None) if self.trainer.is_global_zero else None
             shared = self.trainer.strategy.broadcast(fleet)
             self.fleet = fleet or shared
         assert self.fleet is not None
@@ -88,19 +88,19 @@ class FleetOwner(LightningDataModule, ABC):
 
     # -- Companion
 
-    def start_on_driver(self, trainer: Trainer) -> RolloutFleet:
+    def start_on_driver(self, trainer: Trainer, check: Check) -> RolloutFleet:
         """Starts controller and workers, or has those of an earlier attempt begin anew."""
         self.trainer = trainer
-        self.check("fit" if trainer.state.fn == TrainerFn.FITTING else "")
+        self.check_run("fit" if trainer.state.fn == TrainerFn.FITTING else "")
         if self.fleet is not None:
             try:
-                self.fleet.begin()
+                self.fleet.begin(check)
                 logger.info("the engines of the attempt before are kept")
             except RolloutError as error:
                 logger.warning("the engines are started again: %s", error)
                 self.fleet.stop()
                 self.fleet = None
-        self.fleet = self.fleet or self._connect_and_launch()
+        self.fleet = self.fleet or self._connect_and_launch(check)
         return self.fleet
 
     def end_on_driver(self, error: BaseException | None) -> bool:
@@ -123,14 +123,14 @@ class FleetOwner(LightningDataModule, ABC):
 
     # -- inside
 
-    def _connect_and_launch(self) -> RolloutFleet:
+    def _connect_and_launch(self, check: Check) -> RolloutFleet:
         import ray
 
         from rl_lightning.strategies.cluster import connect
 
         self._connected = not ray.is_initialized()
         connect(self.ray_init)
-        return self.launch()
+        return self.launch(check)
 
 
 def _may_keep_fleet(error: BaseException) -> bool:

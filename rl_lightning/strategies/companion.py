@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -22,8 +22,11 @@ class Companion(Protocol):
     def demand(self) -> Demand:
         """What the actors ask of the cluster that the driver has joined."""
 
-    def start_on_driver(self, trainer: Trainer) -> Any:
-        """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them."""
+    def start_on_driver(self, trainer: Trainer, check: Callable[[], None]) -> Any:
+        """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them.
+
+        `check` is called again and again while it waits, and may raise to give up.
+        """
 
     def end_on_driver(self, error: BaseException | None) -> bool:
         """The ranks have ended, all well or with `error`: ends the actors, or keeps them for the next attempt and says so."""

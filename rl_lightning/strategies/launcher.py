@@ -90,7 +90,7 @@ class RayLauncher(_Launcher):
         demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
         await_resources(demands, settings.start_timeout_s, signals.check)
         try:
-            result = self._train(settings, job, signals, lambda: companion and companion.start_on_driver(trainer))
+            result = self._train(settings, job, signals, lambda: companion and companion.start_on_driver(trainer, signals.check))
         except BaseException as error:
             self._release(companion, error)
             raise

@@ -8,9 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,13 +30,6 @@ class Reinforce(AsyncPPOModule):
 def even_digits(prompt, answer):
     return sum(c in "02468" for c in answer) / max(1, len(answer))
 '''
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Short enough for Ray's sockets."""
-    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as name:
-        yield Path(name)
 
 
 def write_recipe(folder: Path, model: Path, **run: object) -> Path:

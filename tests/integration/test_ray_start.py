@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,11 +63,10 @@ class Site:
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as name:
-        made = Site(Path(name))
-        yield made
-        made.close()
+def site(folder: Path) -> Iterator[Site]:
+    made = Site(folder)
+    yield made
+    made.close()
 
 
 def free_port() -> int:

@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,6 @@ from safetensors.torch import load_file
 from rl_lightning.models.tiny import write_tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Short enough for Ray's sockets."""
-    with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as name:
-        yield Path(name)
 
 
 def run(folder: Path, *command: str) -> str:
