@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from circumstances import circumstances  # noqa: E402
+from gpu_machine import describe_machine  # noqa: E402
 from shapes import lognormal_lengths  # noqa: E402
 
 from rl_lightning.models.varlen import varlen_attention  # noqa: E402
@@ -128,9 +128,8 @@ def main() -> None:
         for name in KERNELS:
             rows.append({"case": case, "kernel": name, **measure(name, lengths)})
             logger.info("%s", rows[-1])
-    about = {**circumstances(), "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({**describe_machine("attention.py", 1), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from circumstances import circumstances  # noqa: E402
+from gpu_machine import describe_machine  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import SHAPES, lognormal_lengths  # noqa: E402
 from trainer import Plan, Step, make_trainer, synchronized  # noqa: E402
@@ -152,10 +151,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Where and how the numbers were made."""
     return {
-        **circumstances(),
-        "command": f"python benchmarks/gpu/dynamic_batching.py {' '.join(sys.argv[1:])}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"torch": torch.__version__, "lightning": pl.__version__},
+        **describe_machine("dynamic_batching.py", 0 if args.cpu else 1),
         "task": f"Qwen3-{args.shape} shape, {args.tokens} tokens a step in sequences of lognormal length, median {args.median}, "
         f"sigma {args.sigma}, at most {args.longest}; budget of {args.budget} tokens a micro-batch",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -29,8 +30,16 @@ def describe_machine(program: str, n_gpus: int) -> dict[str, Any]:
         here["machine"] = f"{n_gpus} x {torch.cuda.get_device_name(0)}"
     if "COMMIT" in os.environ:
         here["commit"] = os.environ["COMMIT"]
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    return {**here, "command": f"python benchmarks/gpu/{program} {' '.join(sys.argv[1:])}".strip(), "versions": versions}
+    return {**here, "command": f"python benchmarks/gpu/{program} {' '.join(sys.argv[1:])}".strip(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter and are installed."""
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def shown(value: float) -> str:
@@ -42,9 +51,9 @@ def write_results(out: Path, document: Mapping[str, Any], title: str, *paragraph
     """`out` with everything, and beside it a page of the same name with `paragraphs`, machine, date, commit and command."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     made = (
-        f"{document['date']}, {document['machine']}, Python {document['python']}, commit {document['commit'][:12]}; {versions}."
+        f"{document['date']}, {document['machine']}, Python {document['python']}, commit {document['commit'][:12]}; {packages}."
     )
     text = "\n\n".join([f"# {title}", *paragraphs, made, f"    {document['command']}"])
     out.with_suffix(".md").write_text(text + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
-from circumstances import circumstances  # noqa: E402
+from gpu_machine import describe_machine  # noqa: E402
 from random_qwen3 import shape_config  # noqa: E402
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSIONS = ("torch", "ray", "transformers", "sglang")
 PROMPT_TOKENS = 128
 
 
@@ -147,13 +145,7 @@ def write_results(args: Namespace, script: str, rows: Sequence[dict[str, Any]], 
     """JSON into `args.out`, and the same as a table to the log; called after every row, so that a run cut short leaves some."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    where = {
-        **circumstances(),
-        **({"machine": f"{len(gpus)} x {gpus[0]}"} if gpus else {}),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "command": f"python benchmarks/gpu/{script} {' '.join(sys.argv[1:])}",
-    }
+    where = describe_machine(script, torch.cuda.device_count())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**where, **more, "rows": list(rows)}, indent=1) + "\n")
     logger.info("\n%s\n", table(rows, columns))

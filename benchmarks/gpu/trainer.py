@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from circumstances import circumstances  # noqa: E402
+from gpu_machine import describe_machine  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
 from step_profile import profile_step  # noqa: E402
@@ -258,13 +258,8 @@ def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> d
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Where and how the numbers were made."""
-    import transformers
-
     return {
-        **circumstances(),
-        "command": f"python benchmarks/gpu/trainer.py {' '.join(sys.argv[1:])}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": pl.__version__},
+        **describe_machine("trainer.py", 0 if args.cpu else 1),
         "formula": FORMULA,
         "peak_flops": PEAK_FLOPS,
         "weights": args.weights,
