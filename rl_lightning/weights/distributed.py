@@ -21,22 +21,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
-from rl_lightning.weights.channel import SyncChannel, SyncFailed, own_address, serve_store
+from rl_lightning.weights.agreed import BUCKET_BYTES, AgreedTransport
+from rl_lightning.weights.buckets import Bucket
+from rl_lightning.weights.channel import SyncChannel
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource, WeightSpec
-from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, TCPStore, Work
-
-BUCKET_BYTES = 512 * 2**20
+    from torch.distributed import ProcessGroup, Work
 
 logger = logging.getLogger(__name__)
 
 
-class DistributedTransport:
-    """The trainer's side. `stage` only plans; the weights are read in `send` and must not change in between.
+class DistributedTransport(AgreedTransport):
+    """See `AgreedTransport`.
 
     NCCL: SGLang's processes run with NCCL_CUMEM_ENABLE=0, and a trainer that does not would wait for ever.  The variable
     must be in the trainer's environment before its first use of NCCL; it is set here for those who use it nowhere else.
@@ -48,36 +47,25 @@ class DistributedTransport:
     """
 
     name = "distributed"
+    failures = (*AgreedTransport.failures, RuntimeError)  # of a broken connection in the collective
 
     def __init__(self, backend: str | None = None, host: str | None = None, bucket_bytes: int = BUCKET_BYTES) -> None:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
-        self._backend, self._host, self._bucket_bytes = backend, host, bucket_bytes
-        self._store: TCPStore | None = None
-        self._counter = itertools.count()
+        super().__init__(host, bucket_bytes)
+        self._backend = backend
         self._group: ProcessGroup | None = None
         self._group_name = ""
-        self._weights: WeightSource | None = None
-        self._plan: list[list[WeightSpec]] = []
-        self._channel: SyncChannel | None = None
         self._world = self._n_engines = 1
 
     def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
         """The plan of a broadcast to `targets`, whose ranks follow each other from 1 on in that order."""
-        self._weights = weights = in_dtype_of(targets, weights)
-        if self._store is None:
-            self._host = self._host or own_address()
-            self._store = serve_store(self._host)
+        agreed = self._agree(weights, targets)
         if self._backend is None:
             self._backend = "nccl" if torch.cuda.is_initialized() else "gloo"
-        self._plan = plan_buckets(weights.specs(), self._bucket_bytes)
         first_ranks = [*itertools.accumulate((target.ranks for target in targets), initial=1)]
         self._world, self._n_engines = first_ranks.pop(), len(targets)
-        sync = f"sync{next(self._counter)}"
-        self._channel = SyncChannel(self._store, sync)
         payload = {
-            "host": self._host,
-            "port": self._store.port,
-            "sync": sync,
+            **agreed,
             "backend": self._backend,
             "world_size": self._world,
             "buckets": [describe(specs) for specs in self._plan],
@@ -86,41 +74,10 @@ class DistributedTransport:
             WeightUpdate(version, self.name, {**payload, "engine": i, "rank": rank}, None) for i, rank in enumerate(first_ranks)
         ]
 
-    def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
-        """Broadcasts what was staged, bucket by bucket as the weights are given, and then their fingerprint.
-
-        Raises:
-            TimeoutError: an engine did not take part within `timeout_s`, or said that it cannot; the group is given up.
-        """
-        assert self._channel is not None and self._weights is not None, "stage comes before send"
-        deadline = time.monotonic() + timeout_s
-        self._channel.refusal = refusal
-        buckets = fill_buckets(self._plan, self._weights)
-        try:
-            first = next(buckets)  # generation need not stand still for it
-            self._agree_on_group(self._channel, deadline)
-            self._stream(itertools.chain([first], buckets), self._channel, deadline)
-        except (SyncFailed, TimeoutError, RuntimeError) as error:  # RuntimeError: a broken connection in the collective
-            self._channel.fail(f"the trainer gave up: {error}")
-            self._leave_group()
-            raise TimeoutError(f"weights did not reach every engine: {error}") from error
-        finally:
-            for _ in buckets:  # other trainer ranks gather along to the end
-                pass
-
-    def release(self) -> None:
-        """Forgets the tensors, and what was told of them."""
-        self._weights = None
-        if self._channel is not None:
-            self._channel.clear()
-
-    def close(self) -> None:
-        """Leaves the group and ends the store."""
-        self.release()
-        self._leave_group()
-        self._store = self._channel = None
-
-    # -- inside
+    def _move(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
+        first = next(buckets)  # generation need not stand still for it
+        self._agree_on_group(channel, deadline)
+        self._stream(itertools.chain([first], buckets), channel, deadline)
 
     def _agree_on_group(self, channel: SyncChannel, deadline: float) -> None:
         """Uses the group that all engines are in, or forms a new one with them."""
@@ -128,7 +85,7 @@ class DistributedTransport:
         if self._group is not None and all(group == self._group_name for group in groups):
             channel.go(self._group_name)
             return
-        self._leave_group()
+        self._give_up()
         name = f"rl-lightning-{uuid.uuid4().hex}"
         channel.go(name)
         formed: list[ProcessGroup] = []
@@ -178,8 +135,8 @@ class DistributedTransport:
         options.asyncOp = True
         return self._group.broadcast([flat], options)
 
-    def _leave_group(self) -> None:
-        """Gives the communicator up without waiting for anybody."""
+    def _give_up(self) -> None:
+        """Leaves the process group without waiting for anybody."""
         group, self._group, self._group_name = self._group, None, ""
         if group is None:
             return

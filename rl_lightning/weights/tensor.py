@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
 from torch.multiprocessing import reductions
 
-from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
-from rl_lightning.weights.channel import SyncChannel, SyncFailed, own_address, serve_store
+from rl_lightning.weights.agreed import BUCKET_BYTES, AgreedTransport
+from rl_lightning.weights.buckets import Bucket
+from rl_lightning.weights.channel import SyncChannel
 from rl_lightning.weights.fingerprint import FingerprintTaker
-from rl_lightning.weights.source import WeightSource, WeightSpec
-from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
+from rl_lightning.weights.source import WeightSource
+from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
-
-BUCKET_BYTES = 512 * 2**20
 ALIGNMENT = 16
 DEVICE_ARGUMENT = 6
 """Place of the device's index among the arguments of `rebuild_cuda_tensor`."""
 
 
-class TensorTransport:
-    """The trainer's side. `stage` only plans; the weights are read in `send` and must not change in between.
+class TensorTransport(AgreedTransport):
+    """See `AgreedTransport`.
 
     Args:
         host: address of this machine; by default Ray's node address, or 127.0.0.1 without Ray. Only a few bytes go there.
@@ -45,61 +40,24 @@ class TensorTransport:
     name = "tensor"
 
     def __init__(self, host: str | None = None, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._host, self._bucket_bytes = host, bucket_bytes
-        self._store: TCPStore | None = None
-        self._counter = itertools.count()
-        self._weights: WeightSource | None = None
-        self._plan: list[list[WeightSpec]] = []
+        super().__init__(host, bucket_bytes)
         self._targets: Sequence[WeightTarget] = ()
-        self._channel: SyncChannel | None = None
 
     def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
         """The plan; also gives the memory that the training step left in the allocator's cache to the engine beside it."""
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if self._store is None:
-            self._host = self._host or own_address()
-            self._store = serve_store(self._host)
-        self._weights, self._targets = in_dtype_of(targets, weights), targets
-        self._plan = plan_buckets(self._weights.specs(), self._bucket_bytes)
-        sync = f"sync{next(self._counter)}"
-        self._channel = SyncChannel(self._store, sync)
-        payload = {"host": self._host, "port": self._store.port, "sync": sync, "n_buckets": len(self._plan)}
+        self._targets, agreed = targets, self._agree(weights, targets)
+        payload = {**agreed, "n_buckets": len(self._plan)}
         return [WeightUpdate(version, self.name, {**payload, "engine": i}, None) for i in range(len(targets))]
 
-    def send(self, timeout_s: float, refusal: Refusal = no_refusal) -> None:
-        """Shares bucket by bucket as the weights are given, and then tells their fingerprint.
-
-        Raises:
-            TimeoutError: an engine did not take a bucket within `timeout_s`, or said that it cannot.
-        """
-        assert self._channel is not None and self._weights is not None, "stage comes before send"
-        deadline = time.monotonic() + timeout_s
-        self._channel.refusal = refusal
-        buckets = fill_buckets(self._plan, self._weights)
-        try:
-            self._share(buckets, self._channel, deadline)
-        except (SyncFailed, TimeoutError) as error:
-            self._channel.fail(f"the trainer gave up: {error}")
-            raise TimeoutError(f"weights did not reach every engine: {error}") from error
-        finally:
-            for _ in buckets:  # other trainer ranks gather along to the end
-                pass
-
     def release(self) -> None:
-        """Forgets the tensors, and what was told of them."""
-        self._weights = None
-        if self._channel is not None:
-            self._channel.clear()
+        """See `AgreedTransport.release`; also frees memory that engines have closed."""
+        super().release()
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
 
-    def close(self) -> None:
-        """Ends the store."""
-        self.release()
-        self._store = self._channel = None
-
-    def _share(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
+    def _move(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
         """While the engines copy one bucket, the next one is gathered."""
         taker = FingerprintTaker([spec for specs in self._plan for spec in specs])
         engines, before = range(len(self._targets)), None
@@ -113,6 +71,9 @@ class TensorTransport:
             before = shared  # lives until all have copied it
         channel.watch(_taken(channel, len(self._plan) - 1, engines), deadline, f"engines to copy bucket {len(self._plan) - 1}")
         channel.tell_fingerprint(taker.fingerprint())
+
+    def _give_up(self) -> None:
+        """Nothing: a bucket lives no longer than its transfer."""
 
 
 def _taken(channel: SyncChannel, bucket: int, engines: range) -> Callable[[], bool]:
