@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl_lightning.prompts.jsonl_line import BadLine, parse_line
+from rl_lightning.prompts.json_lines import BadLine, read_lines
+from rl_lightning.prompts.jsonl_line import parse_line
 from rl_lightning.prompts.tokenizer import encode_texts, render_messages
 from rl_lightning.types import Prompt
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PROBLEMS = 5
 TOKENIZE_AT_ONCE = 2048
 
 
@@ -86,29 +86,15 @@ class JsonlPrompts:
         Raises:
             ValueError: the file is missing or empty, lines are bad, or nothing is left.
         """
-        rows = self._read(tokenizer)
+        rows, self.counts["bad_lines"] = read_lines(
+            self.path,
+            lambda line: self._row(line, tokenizer),
+            fields="query_id and prompt",
+            allow_bad_lines=self.allow_bad_lines,
+        )
         self.counts["duplicate_query_ids"] = self._warn_of_duplicates(rows)
         self._keep_short(rows, tokenizer)
         logger.info("%s: %d prompts, %s", self.path, len(self), ", ".join(f"{n} {what}" for what, n in self.counts.items()))
-
-    def _read(self, tokenizer: PreTrainedTokenizerBase) -> list[_Row]:
-        rows: list[_Row] = []
-        problems: list[str] = []
-        for number, line in self._lines():
-            try:
-                rows.append(self._row(line, tokenizer))
-            except BadLine as problem:
-                problems.append(f"{self.path}:{number}: {problem}")
-        self._report(problems, n_good=len(rows))
-        return rows
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        if not self.path.is_file():
-            raise ValueError(f"data file {self.path} does not exist (working folder {Path.cwd()}); correct the data path")
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
 
     def _row(self, line: bytes, tokenizer: PreTrainedTokenizerBase) -> _Row:
         fields = parse_line(line, self.extra_tasks)
@@ -119,21 +105,6 @@ class JsonlPrompts:
             except ValueError as error:
                 raise BadLine(str(error)) from error
         return _Row(fields.pop("query_id"), text, fields.pop("task"), fields)
-
-    def _report(self, problems: list[str], n_good: int) -> None:
-        self.counts["bad_lines"] = len(problems)
-        shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
-        if len(problems) > SHOWN_PROBLEMS:
-            shown += f"\n  and {len(problems) - SHOWN_PROBLEMS} more"
-        if problems and not self.allow_bad_lines:
-            raise ValueError(
-                f"{len(problems)} bad line(s) in {self.path}; correct them, or set allow_bad_lines=true to drop them:\n  {shown}"
-            )
-        if problems:
-            logger.warning("%s: dropped %d bad line(s) of %d:\n  %s", self.path, len(problems), len(problems) + n_good, shown)
-        if not n_good:
-            held = "no good line" if problems else "no line"
-            raise ValueError(f"data file {self.path} holds {held}; it must hold one JSON object with query_id and prompt a line")
 
     def _warn_of_duplicates(self, rows: list[_Row]) -> int:
         repeated = [query_id for query_id, n in Counter(row.query_id for row in rows).items() if n > 1]

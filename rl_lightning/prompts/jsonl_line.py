@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rl_lightning.prompts.json_lines import BadLine, decode_object, shortened, text_field
+
 TASKS = ("math", "code", "stem")
-
-
-class BadLine(ValueError):
-    """Why a line cannot be used; the caller adds file and line number."""
 
 
 def parse_line(line: bytes, extra_tasks: Sequence[str] = ()) -> dict[str, Any]:
@@ -19,8 +17,8 @@ def parse_line(line: bytes, extra_tasks: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         BadLine: no JSON object, or a field is missing or of the wrong kind.
     """
-    fields = _decode(line)
-    fields["query_id"] = _text(fields, "query_id")
+    fields = decode_object(line)
+    fields["query_id"] = _query_id(fields)
     task = fields["task"] = fields.get("task") or "math"
     if task not in (*TASKS, *extra_tasks):
         known = ", ".join((*TASKS, *extra_tasks))
@@ -33,29 +31,9 @@ def parse_line(line: bytes, extra_tasks: Sequence[str] = ()) -> dict[str, Any]:
     return fields
 
 
-def _decode(line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not valid JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise BadLine("not usable JSON (nested too deeply)") from error
-    if not isinstance(fields, dict):
-        raise BadLine(f"a {type(fields).__name__} where a JSON object was expected")
-    return fields
-
-
-def _text(fields: dict[str, Any], name: str) -> str:
-    if name not in fields:
-        raise BadLine(f"missing field {name!r}")
-    value = fields[name]
-    if name == "query_id" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise BadLine(f"field {name!r} must be a non-empty string, not {_short(value)}")
-    return value
+def _query_id(fields: dict[str, Any]) -> str:
+    value = fields.get("query_id")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_field(fields, "query_id")
 
 
 def _check_question(fields: dict[str, Any]) -> None:
@@ -68,14 +46,14 @@ def _check_question(fields: dict[str, Any]) -> None:
     if "messages" not in fields:
         if "prompt" not in fields:
             raise BadLine("missing field 'prompt' (final text) or 'messages' (chat)")
-        _text(fields, "prompt")
+        text_field(fields, "prompt")
         return
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
-        raise BadLine(f"field 'messages' must be a non-empty list, not {_short(messages)}")
+        raise BadLine(f"field 'messages' must be a non-empty list, not {shortened(messages)}")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise BadLine(f"every message needs the strings 'role' and 'content', not {_short(message)}")
+            raise BadLine(f"every message needs the strings 'role' and 'content', not {shortened(message)}")
 
 
 def _check_solutions(fields: dict[str, Any]) -> None:
@@ -83,7 +61,7 @@ def _check_solutions(fields: dict[str, Any]) -> None:
         raise BadLine(f"missing field 'solutions', which task {fields['task']} needs")
     solutions = fields["solutions"]
     if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) and s.strip() for s in solutions):
-        raise BadLine(f"field 'solutions' must be a non-empty list of non-empty strings, not {_short(solutions)}")
+        raise BadLine(f"field 'solutions' must be a non-empty list of non-empty strings, not {shortened(solutions)}")
 
 
 def _input_output(fields: dict[str, Any]) -> dict[str, Any]:
@@ -96,15 +74,10 @@ def _input_output(fields: dict[str, Any]) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise BadLine(f"field 'input_output' is not valid JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(cases, dict):
-        raise BadLine(f"field 'input_output' must be an object, not {_short(cases)}")
+        raise BadLine(f"field 'input_output' must be an object, not {shortened(cases)}")
     inputs, outputs = cases.get("inputs"), cases.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise BadLine("field 'input_output' needs the equally long, non-empty lists 'inputs' and 'outputs'")
     if not isinstance(cases.get("fn_name"), str | None):
-        raise BadLine(f"'fn_name' in 'input_output' must be a string, not {_short(cases['fn_name'])}")
+        raise BadLine(f"'fn_name' in 'input_output' must be a string, not {shortened(cases['fn_name'])}")
     return cases
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

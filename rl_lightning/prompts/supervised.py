@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from rl_lightning.prompts.jsonl_line import BadLine
+from rl_lightning.prompts.json_lines import decode_object, read_lines, text_field
 from rl_lightning.prompts.tokenizer import encode_texts
 from rl_lightning.types import Batch
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SHOWN_PROBLEMS = 5
 
 
 class SupervisedJsonl:
@@ -56,7 +53,9 @@ class SupervisedJsonl:
         Raises:
             ValueError: the file is missing or empty, lines are bad, or nothing is left; names file, line and remedy.
         """
-        rows = self._read()
+        rows, self.counts["bad_lines"] = read_lines(
+            self.path, _parse, fields="prompt and answer", allow_bad_lines=self.allow_bad_lines
+        )
         prompts = encode_texts(tokenizer, [prompt for prompt, _ in rows])
         answers = tokenizer([answer for _, answer in rows], add_special_tokens=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -89,49 +88,8 @@ class SupervisedJsonl:
             truncated=torch.zeros(len(pairs), dtype=torch.bool),
         )
 
-    def _read(self) -> list[tuple[str, str]]:
-        rows, problems = [], []
-        for number, line in self._lines():
-            try:
-                rows.append(_parse(line))
-            except BadLine as problem:
-                problems.append(f"{self.path}:{number}: {problem}")
-        self._report(problems, len(rows))
-        return rows
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        if not self.path.is_file():
-            raise ValueError(f"data file {self.path} does not exist (working folder {Path.cwd()}); correct the data path")
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-
-    def _report(self, problems: list[str], n_good: int) -> None:
-        self.counts["bad_lines"] = len(problems)
-        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        shown = "\n  ".join(problems[:SHOWN_PROBLEMS] + more)
-        if problems and not self.allow_bad_lines:
-            raise ValueError(f"bad lines; correct them, or set allow_bad_lines=true to drop them:\n  {shown}")
-        if problems:
-            logger.warning("dropped %d bad line(s):\n  %s", len(problems), shown)
-        if not n_good:
-            raise ValueError(
-                f"data file {self.path} holds no good line; it must hold one JSON object with prompt and answer a line"
-            )
-
 
 def _parse(line: bytes) -> tuple[str, str]:
     """(prompt, answer) of one line."""
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadLine(f"not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise BadLine(f"a {type(fields).__name__} where a JSON object was expected")
-    for name in ("prompt", "answer"):
-        if name not in fields:
-            raise BadLine(f"missing field {name!r}")
-        if not isinstance(fields[name], str) or not fields[name]:
-            raise BadLine(f"field {name!r} must be a non-empty string")
-    return fields["prompt"], fields["answer"]
+    fields = decode_object(line)
+    return text_field(fields, "prompt"), text_field(fields, "answer")

@@ -131,7 +131,7 @@ def test_a_restored_loader_goes_on_in_the_epoch(tmp_path: Path, folder: str) -> 
         ([{"prompt": "1+1="}], r"a.jsonl:1: missing field 'answer'"),
         ([{"prompt": 3, "answer": "2"}], r"a.jsonl:1: field 'prompt' must be a non-empty string"),
         (["[1]"], r"a.jsonl:1: a list where a JSON object was expected"),
-        ([], r"a.jsonl holds no good line"),
+        ([], r"a.jsonl holds no line"),
         ([{"prompt": "1" * 90, "answer": "2"}], r"all 1 examples .* longer than max_seq_len=50"),
     ],
 )
