@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import benchmark_parser, describe_machine  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import SHAPES, lognormal_lengths  # noqa: E402
 from trainer import Plan, Step, make_trainer, synchronized  # noqa: E402
@@ -159,7 +159,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser(__doc__, "gpu_dynamic_batching.json")
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--tokens", type=int, default=262144, help="of a step")
     parser.add_argument("--budget", type=int, default=32768, help="tokens of a micro-batch")
@@ -170,8 +170,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="batches that are not measured")
     parser.add_argument("--steps", type=int, default=3, help="measured batches")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_dynamic_batching.json")
     return parser.parse_args()
 
 

@@ -7,13 +7,33 @@ import importlib.metadata
 import json
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from circumstances import circumstances
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
+
+from circumstances import circumstances  # noqa: E402
 
 VERSIONS = ("torch", "ray", "transformers", "lightning", "sglang")
+
+
+def benchmark_parser(doc: str | None, out: str, budget_s: float | None = None) -> ArgumentParser:
+    """The command line of a benchmark with the options that they share.
+
+    Args:
+        doc: the program's docstring; its first line describes it.
+        out: file of docs/benchmarks that the results go to.
+        budget_s: seconds after which nothing new is begun; None: the benchmark ends by itself.
+    """
+    parser = ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
+    if budget_s is not None:
+        parser.add_argument("--budget-s", type=float, default=budget_s, help="nothing new is begun after so many seconds")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / out)
+    return parser
 
 
 def describe_machine(program: str, n_gpus: int) -> dict[str, Any]:

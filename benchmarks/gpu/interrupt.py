@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from served_engine import ROOT, SHAPES, Lengths, Load, random_weights, server_args, write_results, write_shape  # noqa: E402
+from gpu_machine import benchmark_parser  # noqa: E402
+from random_qwen3 import SHAPES  # noqa: E402
+from served_engine import Lengths, Load, random_weights, server_args, write_results, write_shape  # noqa: E402
 from weight_sync import Weights, update  # noqa: E402
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser(__doc__, "interrupt.json", budget_s=540.0)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.7b")
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--period-s", type=float, default=10.0, help="from the end of an update to the next one")
@@ -62,9 +64,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=0.9, help="of the logarithm of the length")
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--transport", default="tensor", help="tensor or disk: the server is on the trainer's GPU")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="begins no turn after so many seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "interrupt.json")
     return parser.parse_args()
 
 

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from served_engine import ROOT, SHAPES, request, server_args, write_results, write_shape  # noqa: E402
+from gpu_machine import benchmark_parser  # noqa: E402
+from random_qwen3 import SHAPES  # noqa: E402
+from served_engine import request, server_args, write_results, write_shape  # noqa: E402
 
 if TYPE_CHECKING:
     from rl_lightning.engines.sglang import SGLangEngine
@@ -53,16 +55,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser(__doc__, "rollout_path.json", budget_s=540.0)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.7b")
     parser.add_argument("--in-flight", type=int, default=256, help="answers at a time")
     parser.add_argument("--groups", type=int, default=64, help="of each turn")
     parser.add_argument("--answers", type=int, default=8, help="of each group")
     parser.add_argument("--tokens", type=int, default=512, help="of each answer")
     parser.add_argument("--turns", type=int, default=5, help="of each way, after one other")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="begins no turn after so many seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "rollout_path.json")
     return parser.parse_args()
 
 

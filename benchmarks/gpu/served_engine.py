@@ -6,19 +6,14 @@ import asyncio
 import json
 import logging
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
-
-from gpu_machine import describe_machine  # noqa: E402
-from random_qwen3 import shape_config  # noqa: E402
+from gpu_machine import describe_machine
+from random_qwen3 import shape_config
 
 if TYPE_CHECKING:
     import torch

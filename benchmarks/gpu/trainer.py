@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
-from gpu_machine import describe_machine  # noqa: E402
+from gpu_machine import benchmark_parser, describe_machine  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
 from step_profile import profile_step  # noqa: E402
@@ -271,7 +271,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser(__doc__, "gpu_trainer.json", budget_s=420.0)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1.7b", "0.6b"])
     parser.add_argument("--lengths", nargs="+", default=["2048", "16384", "8192", "32768", "mixed"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[1:])
@@ -281,10 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: with float32 copies")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each cell that are not measured")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each cell")
-    parser.add_argument("--budget-s", type=float, default=420.0, help="no step is begun after so many seconds")
     parser.add_argument("--profile", nargs="*", default=[], metavar="CASE:VARIANT", help="profile one more step of these cells")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "gpu_trainer.json")
     return parser.parse_args()
 
 

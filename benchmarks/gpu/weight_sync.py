@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from served_engine import ROOT, SHAPES, Load, random_weights, server_args, write_results, write_shape  # noqa: E402
+from gpu_machine import benchmark_parser  # noqa: E402
+from random_qwen3 import SHAPES  # noqa: E402
+from served_engine import Load, random_weights, server_args, write_results, write_shape  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -62,16 +64,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = benchmark_parser(__doc__, "weight_sync.json", budget_s=540.0)
     parser.add_argument("--shapes", choices=list(SHAPES), nargs="+", default=["0.6b", "1.7b"])
     parser.add_argument("--transports", nargs="+", default=["distributed", "tensor", "disk"])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[0, 256])
     parser.add_argument("--updates", type=int, default=10, help="measured updates of each combination, after two others")
     parser.add_argument("--soak", type=int, default=0, help="updates of the last combination of each server, noting memory")
     parser.add_argument("--answer-tokens", type=int, default=2048, help="of the requests in flight")
-    parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="begins nothing new after so many seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "weight_sync.json")
     return parser.parse_args()
 
 

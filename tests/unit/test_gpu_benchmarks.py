@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,16 @@ from long_tail import LongTail, RandomPrompts  # noqa: E402
 
 from rl_lightning.prompts.supervised import SupervisedJsonl  # noqa: E402
 from rl_lightning.prompts.tokenizer import load_tokenizer  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["async_vs_sync", "dynamic_batching", "gpu_20_steps", "interrupt", "learning", "rollout_path", "trainer", "weight_sync"],
+)
+def test_a_benchmark_reads_its_command_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--cpu"])
+    args = importlib.import_module(name).parse()
+    assert args.cpu and args.out.parent == GPU.parents[1] / "docs" / "benchmarks"
 
 
 def step(number: int, seconds: float, tokens: int, **more: Any) -> dict[str, Any]:
