@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from ray import cloudpickle
 
-from rl_lightning.strategies.channel import log_levels
+from rl_lightning.strategies.events import log_levels
 
 logger = logging.getLogger(__name__)
 

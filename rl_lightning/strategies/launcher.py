@@ -20,7 +20,7 @@ from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
 from rl_lightning.strategies.result import RunResult, restore
-from rl_lightning.strategies.stopping import StopSignals
+from rl_lightning.strategies.stop_signals import StopSignals
 from rl_lightning.strategies.watch import Patience, Watch
 
 if TYPE_CHECKING:
@@ -77,25 +77,32 @@ class RayLauncher(_Launcher):
         cluster.connect(self._strategy.ray_init, signals.check)
         signals.install()
         signals.check()
-        settings = GroupSettings(
-            self._strategy.num_processes,
-            self._strategy.num_cpus_per_worker,
-            self._strategy.gpus_per_worker,
-            {**worker_environment(), **self._strategy.env_vars},
-            self._strategy.start_timeout_s,
-            self._strategy.placement,
-        )
+        settings, companion = self._group_settings(), find_companion((*args, *kwargs.values()))
         logger.info("starting %s", settings)
-        companion = find_companion((*args, *kwargs.values()))
         demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
         await_resources(demands, settings.start_timeout_s, signals.check)
+
+        def start_companion() -> Any:
+            return None if companion is None else companion.start_on_driver(trainer, signals.check)
+
         try:
-            result = self._train(settings, job, signals, lambda: companion and companion.start_on_driver(trainer, signals.check))
+            result = self._train(settings, job, signals, start_companion)
         except BaseException as error:
             self._release(companion, error)
             raise
         self._release(companion, signals.exception() if result is None else None)
         return result
+
+    def _group_settings(self) -> GroupSettings:
+        strategy = self._strategy
+        return GroupSettings(
+            num_workers=strategy.num_processes,
+            num_cpus=strategy.num_cpus_per_worker,
+            num_gpus=strategy.gpus_per_worker,
+            env={**worker_environment(), **strategy.env_vars},
+            start_timeout_s=strategy.start_timeout_s,
+            placement=strategy.placement,
+        )
 
     def _train(
         self, settings: GroupSettings, job: Job, signals: StopSignals, start_companion: Callable[[], Any]

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from rl_lightning.strategies.channel import EventSender
+from rl_lightning.strategies.events import EventSender
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from rl_lightning.strategies.progress import replace_bars
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from rl_lightning.strategies.channel import EventSender
-    from rl_lightning.strategies.stopping import StopGate
+    from rl_lightning.strategies.events import EventSender
+    from rl_lightning.strategies.stop_gate import StopGate
 
 
 class RayRanks(ParallelStrategy):

@@ -16,7 +16,7 @@ from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, work
 from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.progress import ProgressUpdate, ProgressView
 from rl_lightning.strategies.result import RunResult
-from rl_lightning.strategies.stopping import StopSignals
+from rl_lightning.strategies.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,9 @@ class Watch:
 
     def close(self) -> None:
         """Shows what is still on its way, then ends the bar."""
-        if self._drain is not None:
-            self._hand_on()
-        if self._drain is not None:
-            self._hand_on()
+        for _ in range(2):  # what was asked for before the ranks ended, and what came after
+            if self._drain is not None:
+                self._hand_on()
         self._view.close()
 
     def _hand_on(self) -> None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 
-from rl_lightning.strategies.channel import CALL_TIMEOUT_S, EventSender, forward_logging
+from rl_lightning.strategies.channel import CALL_TIMEOUT_S
 from rl_lightning.strategies.companion import find_companion
 from rl_lightning.strategies.environment import Rank, become_rank
+from rl_lightning.strategies.events import EventSender, forward_logging
 from rl_lightning.strategies.failures import WorkerFailure
 from rl_lightning.strategies.job import Job
 from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.result import RunResult, collect
-from rl_lightning.strategies.stopping import AGREEMENT_TIMEOUT_S, StopGate
+from rl_lightning.strategies.stop_gate import AGREEMENT_TIMEOUT_S, StopGate
 
 if TYPE_CHECKING:
     from rl_lightning.strategies.ranks import RayRanks
@@ -42,7 +43,7 @@ class TrainWorker:
     def open_store(self, world_size: int, timeout_s: float) -> int:
         """Rank 0 only: opens the store of the process group and gives its port, chosen by the kernel and held from then on."""
         self._store = torch.distributed.TCPStore(
-            ray_address(), 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            self.place().address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
         return self._store.port
 
@@ -78,13 +79,6 @@ class TrainWorker:
                 raise
             results = None
         return collect(trainer, results, job.weights, stopped=gate.raised)
-
-
-def ray_address() -> str:
-    """Address of this node that the others can reach."""
-    import ray
-
-    return ray.util.get_node_ip_address()
 
 
 def agreement(channel: Any, rank: int) -> Callable[[int], int | None]:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
+from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, own_address, serve_store
 from rl_lightning.weights.source import WeightSource, WeightSpec
-from rl_lightning.weights.transport import Refusal, WeightTarget, in_dtype_of, no_refusal
+from rl_lightning.weights.transport import Refusal, WeightTarget, no_refusal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rl_lightning.weights.buckets import fill_buckets, plan_buckets
+from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource
-from rl_lightning.weights.transport import Fingerprint, Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
+from rl_lightning.weights.transport import Fingerprint, Refusal, WeightTarget, WeightUpdate, no_refusal
 
 SHARD_BYTES = 2**30
 PREFIX = "rl-lightning-weights-"

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
+from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource
-from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, in_dtype_of, no_refusal
+from rl_lightning.weights.transport import Refusal, WeightTarget, WeightUpdate, no_refusal
 
 BUCKET_BYTES = 256 * 2**20
 """Weights are stored in objects of about this size, so that no single huge object has to fit."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -86,21 +86,3 @@ class GatheredWeights:
         """See `WeightSource.__iter__`."""
         self._begin()
         return ((name, whole(tensor).to(self._device)) for name, tensor in self._named)
-
-
-class CastWeights:
-    """`source` with its floating-point weights in `dtype` where that is smaller: bfloat16 needs half of float32's bytes."""
-
-    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
-        self._source, self._dtype = source, dtype
-
-    def specs(self) -> list[WeightSpec]:
-        """See `WeightSource.specs`."""
-        return [replace(spec, dtype=self._cast(spec.dtype)) for spec in self._source.specs()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource.__iter__`."""
-        return ((name, tensor.to(self._cast(tensor.dtype))) for name, tensor in self._source)
-
-    def _cast(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if dtype.is_floating_point and dtype.itemsize > self._dtype.itemsize else dtype

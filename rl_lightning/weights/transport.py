@@ -91,14 +91,3 @@ class WeightTransport(Protocol):
     def close(self) -> None:
         """Ends the transport for good (process groups, folders). Idempotent."""
         ...
-
-
-def in_dtype_of(targets: Sequence[WeightTarget], weights: WeightSource) -> WeightSource:
-    """`weights` in the dtype that all targets hold them in, if that makes them smaller."""
-    import torch
-
-    from rl_lightning.weights.source import CastWeights
-
-    dtypes = {target.dtype for target in targets}
-    dtype = getattr(torch, dtypes.pop() or "", None) if len(dtypes) == 1 else None
-    return CastWeights(weights, dtype) if isinstance(dtype, torch.dtype) else weights

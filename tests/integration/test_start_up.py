@@ -59,7 +59,7 @@ def test_forwarding_takes_terminals_off_and_leaves_files_and_does_not_load_ray(t
 import logging, sys
 import rl_lightning.strategies
 assert "ray" not in sys.modules
-from rl_lightning.strategies.channel import forward_logging
+from rl_lightning.strategies.events import forward_logging
 own = logging.getLogger("own")
 own.propagate = False
 own.addHandler(logging.StreamHandler(sys.stderr))

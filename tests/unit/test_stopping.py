@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rl_lightning.strategies.stopping import StopGate, StopSignals
+from rl_lightning.strategies.stop_gate import StopGate
+from rl_lightning.strategies.stop_signals import StopSignals
 
 
 class Agreement:

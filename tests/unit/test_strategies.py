@@ -17,8 +17,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from rl_lightning.strategies import RayStrategy, cluster
-from rl_lightning.strategies.channel import EventHandler, RunChannel
+from rl_lightning.strategies.channel import RunChannel
 from rl_lightning.strategies.demand import Demand, shortage
+from rl_lightning.strategies.events import EventHandler
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
 from rl_lightning.strategies.job import worker_environment
 from rl_lightning.strategies.place import Place, in_order, number

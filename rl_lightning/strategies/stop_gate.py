@@ -1,4 +1,4 @@
-"""Stopping a run: signals at the driver, and between two batches in all ranks at the same one."""
+"""StopGate: where the ranks of a run end it, between two batches and all at the same one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,48 +20,6 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 AGREEMENT_TIMEOUT_S = 10.0
-EXIT_CODE_OF_SIGTERM = 128 + signal.SIGTERM
-
-
-class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them, while a run is under way in the main thread.
-
-    Attributes:
-        received: the last signal, None while there was none.
-        count: how many there were; the second one means at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.count = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self.install()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-
-    def install(self) -> None:
-        """Takes the signals. To be called again after `ray.init`, which has native code abort on SIGTERM."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                previous = signal.signal(signum, self._note)
-                self._previous.setdefault(signum, previous)
-
-    def exception(self) -> BaseException:
-        """What Lightning expects of the signal: KeyboardInterrupt, or SIGTERMException with the usual exit code."""
-        return SIGTERMException(EXIT_CODE_OF_SIGTERM) if self.received == signal.SIGTERM else KeyboardInterrupt()
-
-    def check(self) -> None:
-        """Raises that exception if there was a signal; for places where nothing has to be finished first."""
-        if self.received is not None:
-            raise self.exception()
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received, self.count = signal.Signals(signum), self.count + 1
 
 
 class StopGate(Callback):
@@ -134,7 +93,7 @@ class StopGate(Callback):
             logger.warning("the ranks did not agree on where to stop within %.0f s", AGREEMENT_TIMEOUT_S)
             return
         while not self._interrupt_if_waiting():
-            threading.Event().wait(POLL_S)
+            time.sleep(POLL_S)
 
     def _interrupt_if_waiting(self) -> bool:
         with self._lock:
@@ -147,7 +106,10 @@ class StopGate(Callback):
             return True
 
     def install(self, trainer: Trainer) -> None:
-        """Puts the gate before and after the trainer's callbacks. Called in the main thread, before training."""
+        """Takes SIGUSR2, by which it ends a wait for data, and keeps Lightning from handling signals.
+
+        Called in the main thread, before training.
+        """
         signal.signal(signal.SIGUSR2, self._on_interrupt)
         trainer._signal_connector = QuietSignals(trainer)
 
