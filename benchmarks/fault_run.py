@@ -24,15 +24,16 @@ from rl_lightning.types import GenerationRequest, Prompt
 ROOT = Path(__file__).parents[1]
 WAIT_S = 500.0
 POLL_S = 0.05
-REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 1000.0, 3.0
+REWARD_S, SLOW_REWARD_S, HANG_S, REWARD_TIMEOUT_S = 0.1, 0.5, 1000.0, 3.0
 N_PROMPTS, LONG = 200, 600
 WORKER, CONTROLLER, RANK = "RolloutWorkerActor", "RolloutControllerActor", "TrainWorker"
 SERVER = "rl_lightning.engines.sglang_server"
+SLOW = "slow"
 
 
 def slow_reward(prompt: Prompt, answer: str) -> float:
-    """Takes its time, so that a run of small answers lasts long enough to be hurt."""
-    time.sleep(REWARD_S)
+    """Takes its time, so that a run of small answers lasts long enough to be hurt; more after `slow_down`."""
+    time.sleep(SLOW_REWARD_S if Path(SLOW).exists() else REWARD_S)
     return len(answer) % 2
 
 
@@ -108,6 +109,14 @@ class FaultRun:
     def kill(self, name: str) -> None:
         """SIGKILL to the first of `actors(name)`."""
         _kill(self.actors(name)[0])
+
+    def slow_down(self) -> None:
+        """What is left of the run lasts longer, until `speed_up`: parts that are added have the time to start."""
+        (self.folder / SLOW).touch()
+
+    def speed_up(self) -> None:
+        """Undoes `slow_down`."""
+        (self.folder / SLOW).unlink()
 
     # -- what the run says
 
