@@ -26,9 +26,7 @@ FLASH3_HEAD_DIMS = (64, 128, 256)
 """Those for which every build of it has a kernel."""
 
 
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int | None = None
-) -> Tensor:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int | None = None) -> Tensor:
     """Each token sees itself, the earlier tokens of its segment and the prompt that the segment answers. Differentiable.
 
     Args:
@@ -97,9 +95,7 @@ LAYOUT = "Tensor[] spans, float scale, int reach"
 
 
 @torch.library.custom_op("rl_lightning::varlen_attention", mutates_args=(), schema=f"({INPUTS}, {LAYOUT}) -> (Tensor, Tensor)")
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, spans: list[Tensor], scale: float, reach: int
-) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, spans: list[Tensor], scale: float, reach: int) -> tuple[Tensor, Tensor]:
     """Output, and (heads, N) log of the partition sums; `reach` is how far back a token sees, -1 for all."""
     output, sums = _forward(query, key, value, _within_segments(Spans(*spans), scale, reach))
     to_prompts = _to_prompts(Spans(*spans), scale, reach)
