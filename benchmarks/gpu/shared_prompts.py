@@ -24,7 +24,7 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu
 from gpu_machine import describe_machine, shown, write_results  # noqa: E402
 from rollouts import group_batch  # noqa: E402
 from shapes import SHAPES, Shape  # noqa: E402
-from trainer import Measured, Plan, Step, make_trainer, summary  # noqa: E402
+from trainer import VARIANTS, Measured, Plan, Step, make_trainer, summary  # noqa: E402
 
 from rl_lightning.batching.micro_batch import saved_by_sharing  # noqa: E402
 from rl_lightning.modules.optimizer import OptimizerConfig  # noqa: E402
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--tokens", type=int, default=131072, help="of a step, with prompts repeated")
     parser.add_argument("--micro-tokens", type=int, default=16384, help="of a micro-batch")
-    parser.add_argument("--variant", default="compiled", help="of benchmarks/gpu/trainer.py; ignored with --cpu")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="compiled", help="as in trainer.py; not with --cpu")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each case and way that are not measured")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each case and way")
     parser.add_argument("--budget-s", type=float, default=420.0, help="no step is begun after so many seconds")

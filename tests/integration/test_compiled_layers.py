@@ -85,6 +85,18 @@ def test_compiled_shared_prompts_under_a_window_take_the_blocks(tmp_path: Path) 
         torch.testing.assert_close(gradient(compiled, 1, share), gradient(plain, 1), rtol=1e-3, atol=1e-4)
 
 
+def test_compiled_shared_prompts_under_autocast(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "qwen3", num_hidden_layers=1)
+    plain, compiled = Alone(folder, gradient_checkpointing="selective"), Alone(folder, gradient_checkpointing="selective")
+    for module in (plain, compiled):
+        module.configure_model()
+    compile_for_test(compiled)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.cat([x.flatten() for x in gradient(compiled, 1, share=True)])
+    expected = torch.cat([x.flatten() for x in gradient(plain, 1)])
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
 @pytest.mark.parametrize("level", ["light", "selective", "full"])
 def test_checkpointing_changes_no_gradient_and_can_be_undone(level: Any, tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, "qwen3"), dtype="float64")
