@@ -25,6 +25,7 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu
 from gpu_machine import describe_machine  # noqa: E402
 from shapes import lognormal_lengths  # noqa: E402
 
+from rl_lightning.batching.spans import Spans  # noqa: E402
 from rl_lightning.models.varlen import varlen_attention  # noqa: E402
 
 logger = logging.getLogger("attention")
@@ -45,8 +46,10 @@ Pass = Callable[[], Any]
 def flash2(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, grad: Tensor) -> tuple[Pass, Pass]:
     """PyTorch's own flash attention with grouped heads: what the library runs."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    output = varlen_attention(inputs[0], inputs[1], inputs[2], starts, torch.tensor(longest), SCALE)
-    forward = torch.no_grad()(lambda: varlen_attention(q, k, v, starts, torch.tensor(longest), SCALE))
+    lengths = starts.diff().tolist()
+    spans = Spans.of(lengths, range(len(lengths)), q.device)
+    output = varlen_attention(inputs[0], inputs[1], inputs[2], spans, SCALE)
+    forward = torch.no_grad()(lambda: varlen_attention(q, k, v, spans, SCALE))
     return forward, lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
 
 
@@ -109,7 +112,7 @@ def measure(name: str, lengths: list[int]) -> dict[str, Any]:
         row: dict[str, Any] = {"forward_tflops": round(flops / seconds(forward) / 1e12, 1)}
         if backward is not None:
             row["backward_tflops"] = round(2.5 * flops / seconds(backward) / 1e12, 1)
-        expected = varlen_attention(q, k, v, starts, torch.tensor(max(lengths)), SCALE)
+        expected = varlen_attention(q, k, v, Spans.of(lengths, range(len(lengths)), "cuda"), SCALE)
         got = forward()
         row["difference"] = round(float(((got if isinstance(got, Tensor) else got[0]) - expected).abs().max()), 5)
     except (RuntimeError, ImportError, TypeError, ValueError) as error:  # a rival that is not to be had here

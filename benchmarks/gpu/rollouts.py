@@ -21,6 +21,15 @@ def random_batch(lengths: Sequence[int], *, vocabulary: int, prompt: int = 128, 
     return collate(groups)
 
 
+def group_batch(n_groups: int, group_size: int, n_prompt: int, n_answer: int, *, vocabulary: int, seed: int = 0) -> Batch:
+    """Groups of answers of `n_answer` tokens to prompts of `n_prompt`."""
+    rng, groups = np.random.default_rng(seed), []
+    for index in range(n_groups):
+        question = Prompt(f"q{index}", "", tuple(rng.integers(0, vocabulary, n_prompt).tolist()))
+        groups.append(RolloutGroup(index, question, tuple(_rollout(rng, n_answer, vocabulary) for _ in range(group_size))))
+    return collate(groups)
+
+
 def _rollout(rng: np.random.Generator, n: int, vocabulary: int) -> Rollout:
     tokens = rng.integers(0, vocabulary, n).astype(np.int32)
     logprobs = np.full(n, -np.log(vocabulary), np.float32)

@@ -70,10 +70,11 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, head_dim=16, vocabulary=512),
+    "small": Shape(256, 6, 8, 4, 768, head_dim=32, vocabulary=8192),
     "0.6b": Shape(1024, 28, 16, 8, 3072),
     "1.7b": Shape(2048, 28, 16, 8, 6144),
 }
-"""Qwen3's published shapes, and one for a try on a CPU."""
+"""Qwen3's published shapes, one for a try on a CPU, and one that a CPU can be measured with."""
 
 
 def lognormal_lengths(n_tokens: int, *, median: float, sigma: float, longest: int, seed: int) -> list[int]:

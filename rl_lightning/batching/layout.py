@@ -7,6 +7,8 @@ once for its group is a segment whose parent is that prompt.
     segments   [ prompt A ][ answer A1 ][ answer A2 ][ sequence B ]
     parents        -            A            A            -
     positions    0 .. P-1     P ..         P ..         0 ..
+
+Prompts that are shared come first, then the answers to them in the same order, then all others.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rl_lightning.batching.spans import Spans
 from rl_lightning.batching.transfer import to_device
 
 DENSE_TREE_TOKENS = 128
@@ -66,9 +69,8 @@ class PackedLayout:
 
     Attributes:
         positions: (N,) int64, place of each token in its sequence.
-        cu_seqlens: (K + 1,) int32, where each segment starts.
+        spans: of the segments, for attention by one kernel.
         max_seqlen: longest segment.
-        longest: the same as a () int64 tensor on the CPU, for compiled code, which a number would be part of.
         shared: whether any segment has a parent.
     """
 
@@ -82,9 +84,8 @@ class PackedLayout:
         self._segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
         self._positions = torch.arange(int(starts[-1])) + torch.repeat_interleave(offsets - starts[:-1], sizes)
         self.positions = to_device(self._positions, self.device)
-        self.cu_seqlens = to_device(starts.int(), self.device)
+        self.spans = Spans.of(self._lengths, self._parents, self.device)
         self.max_seqlen = max(self._lengths)
-        self.longest = torch.tensor(self.max_seqlen)
         self.shared = any(p != k for k, p in enumerate(self._parents))
         self._blocks: list[AttentionBlock] | None = None
         self._inverse: Tensor | None = None

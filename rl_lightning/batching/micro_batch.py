@@ -100,9 +100,7 @@ def make_micro_batch(
     batch: Batch, sequences: Sequence[int], *, share_prompts: bool = False, device: torch.device | str = "cpu"
 ) -> MicroBatch:
     """The forward pass over `sequences` of `batch` (on the CPU), its tensors on `device`."""
-    plan = _Plan(batch, share_prompts)
-    for s in sequences:
-        plan.add(s)
+    plan = _Plan(batch, sequences, share_prompts)
     sources = torch.from_numpy(np.concatenate(plan.sources))
     predictors, rows = np.unique(np.concatenate(plan.predictors), return_inverse=True)
     counts = [len(targets) for targets in plan.sources]
@@ -118,33 +116,52 @@ def make_micro_batch(
     )
 
 
+def saved_by_sharing(batch: Batch, sequences: Sequence[int]) -> float:
+    """Share of the tokens of `sequences` that prompts take which stand there already: what sharing them saves at most."""
+    starts, prompt_lens = batch.cu_seqlens.tolist(), batch.prompt_lens.tolist()
+    saved = sum((len(family) - 1) * prompt_lens[family[0]] for family in _families(batch, sequences))
+    return saved / max(1, sum(starts[s + 1] - starts[s] for s in sequences))
+
+
 class _Plan:
     """Which tokens of a batch are run, in which segments, and which of them predict which target."""
 
-    def __init__(self, batch: Batch, share_prompts: bool) -> None:
+    def __init__(self, batch: Batch, sequences: Sequence[int], share_prompts: bool) -> None:
         self._starts, self._prompt_lens = batch.cu_seqlens.tolist(), batch.prompt_lens.tolist()
-        self._group_ids, self._loss_mask = batch.group_ids.tolist(), batch.loss_mask.numpy()
-        self._share_prompts = share_prompts
+        self._loss_mask = batch.loss_mask.numpy()
         self._n_run = 0
-        self._group, self._prompt_segment, self._prompt_at = None, 0, 0
+        self._prompt_ends: dict[int, int] = {}
+        self._answer_starts: dict[int, int] = {}
         self.run: list[np.ndarray] = []
         self.parents: list[int] = []
-        self.sources: list[np.ndarray] = []
-        self.predictors: list[np.ndarray] = []
+        families = _families(batch, sequences) if share_prompts else [[s] for s in sequences]
+        self._lay_out([(family, len(family) > 1 and any(map(self._continues, family))) for family in families])
+        self.sources, self.predictors = zip(*map(self._score, sequences), strict=True)
 
-    def add(self, s: int) -> None:
-        """Appends the batch's sequence `s`."""
-        begin, end = self._starts[s], self._starts[s + 1] - 1
-        answer = begin + self._prompt_lens[s]
-        if not self._share_prompts:
-            answer_at = self._append(begin, end, len(self.run)) + self._prompt_lens[s]
-            self._score(s, answer_at - 1, answer_at)
-            return
-        if self._group != self._group_ids[s]:
-            self._group, self._prompt_segment = self._group_ids[s], len(self.run)
-            self._prompt_at = self._append(begin, answer, self._prompt_segment)
-        answer_at = self._append(answer, end, self._prompt_segment) if end > answer else self._n_run
-        self._score(s, self._prompt_at + self._prompt_lens[s] - 1, answer_at)
+    def _lay_out(self, families: Sequence[tuple[Sequence[int], bool]]) -> None:
+        """Runs shared prompts, then the answers to them, then all else: the order of a layout."""
+        shared = [family for family, is_shared in families if is_shared]
+        for family in shared:
+            self._run_prompt(family, self._answer(family[0]))
+        for segment, family in enumerate(shared):
+            for s in filter(self._continues, family):
+                self._answer_starts[s] = self._append(self._answer(s), self._starts[s + 1] - 1, segment)
+        for family in (family for family, is_shared in families if not is_shared):
+            self._run_prompt(family, self._starts[family[0] + 1] - 1)
+
+    def _answer(self, s: int) -> int:
+        """Where the answer of `s` starts in the batch."""
+        return self._starts[s] + self._prompt_lens[s]
+
+    def _continues(self, s: int) -> bool:
+        """Whether the answer of `s` has tokens that predict others of it."""
+        return self._starts[s + 1] - 1 > self._answer(s)
+
+    def _run_prompt(self, family: Sequence[int], end: int) -> None:
+        """Runs the batch's tokens from the prompt of `family` up to `end`, which is behind the answer of a family of one."""
+        begin = self._append(self._starts[family[0]], end, len(self.run))
+        for s in family:
+            self._prompt_ends[s] = self._answer_starts[s] = begin + self._prompt_lens[s]
 
     def _append(self, begin: int, end: int, parent: int) -> int:
         """Runs the batch's tokens `begin .. end` as one segment; returns where it starts."""
@@ -153,12 +170,23 @@ class _Plan:
         self._n_run += end - begin
         return self._n_run - (end - begin)
 
-    def _score(self, s: int, last_of_prompt: int, answer_at: int) -> None:
-        """Scores the answer of `s`, which is run from `answer_at` on; its first token is predicted by the prompt's last."""
-        answer = self._starts[s] + self._prompt_lens[s]
+    def _score(self, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is scored of `s`, and what predicts it: the first token of its answer is predicted by the prompt's last."""
+        answer = self._answer(s)
         offsets = np.flatnonzero(self._loss_mask[answer : self._starts[s + 1]])
-        self.sources.append(offsets + answer)
-        self.predictors.append(np.where(offsets == 0, last_of_prompt, answer_at + offsets - 1))
+        return offsets + answer, np.where(offsets == 0, self._prompt_ends[s] - 1, self._answer_starts[s] + offsets - 1)
+
+
+def _families(batch: Batch, sequences: Sequence[int]) -> list[list[int]]:
+    """Answers to one prompt that stand next to each other."""
+    families: list[list[int]] = []
+    group_ids = batch.group_ids.tolist()
+    for s in sequences:
+        if families and group_ids[families[-1][-1]] == group_ids[s]:
+            families[-1].append(s)
+        else:
+            families.append([s])
+    return families
 
 
 def _targets_per_sequence(batch: Batch) -> list[int]:

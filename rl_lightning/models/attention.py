@@ -5,8 +5,8 @@ The layout reaches it as the keyword `layout` of the model's forward:
 
     model(input_ids=tokens[None], position_ids=layout.positions[None], layout=layout, use_cache=False)
 
-Half precision on CUDA, and compiled layers on the CPU, go through `varlen_attention`; shared prompts, and everything else,
-through `scaled_dot_product_attention` over the layout's blocks, which torch.compile leaves out.
+Half precision on CUDA, and compiled layers on the CPU, go through `varlen_attention`; everything else, and shared prompts under
+a sliding window, through `scaled_dot_product_attention` over the layout's blocks, which torch.compile leaves out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from rl_lightning.batching.layout import PackedLayout
 from rl_lightning.models.varlen import varlen_attention
 
 PACKED_ATTENTION = "rl_lightning_packed"
+
+HALVES = (torch.float16, torch.bfloat16)
+"""What flash attention computes in on CUDA."""
 
 
 def register_packed_attention() -> str:
@@ -74,10 +77,10 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    fused = query.dtype in (torch.float16, torch.bfloat16) if query.is_cuda else torch.compiler.is_compiling()
-    if layout.shared or not fused:
+    fused = query.dtype in HALVES if query.is_cuda else torch.compiler.is_compiling()
+    if not fused or (sliding_window is not None and layout.shared):
         return _block_attention(*rows, layout, scale, sliding_window).unsqueeze(0), None
-    return varlen_attention(*rows, layout.cu_seqlens, layout.longest, scale, sliding_window).unsqueeze(0), None
+    return varlen_attention(*rows, layout.spans, scale, sliding_window).unsqueeze(0), None
 
 
 @torch.compiler.disable

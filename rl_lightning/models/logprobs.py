@@ -50,13 +50,22 @@ def token_logprobs(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chunk_rows = max(1, (chunk_logits or CHUNK_LOGITS.get(hidden.device.type, 1 << 26)) // len(weight))
-    if hidden.is_cuda and rows is None:
-        fused = fused_logprobs(hidden, weight, targets, bias=bias, temperature=temperature, chunk_rows=chunk_rows)
+    if hidden.is_cuda:
+        predictors = hidden if rows is None else repeated(hidden, rows)
+        fused = fused_logprobs(predictors, weight, targets, bias=bias, temperature=temperature, chunk_rows=chunk_rows)
         return fused[0], (fused[1] if with_entropy else None)
     if rows is None:
         rows = torch.arange(len(targets), device=targets.device)
     logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, rows, temperature, with_entropy, chunk_rows)
     return logprobs, (entropy if with_entropy else None)
+
+
+def repeated(hidden: Tensor, rows: Tensor) -> Tensor:
+    """(M, D) chosen `rows` of `hidden`, each as often as it is asked for; gradients of one row are added up in float32.
+
+    On the CPU that costs up to two fifths more time where answers have two to four tokens, of which the first share a row.
+    """
+    return F.embedding(rows, hidden)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

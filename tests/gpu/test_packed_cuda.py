@@ -47,9 +47,10 @@ def padded_logprobs(model: Any, batch: Batch) -> Tensor:
     return torch.cat([scored[i, n - 1 : len(row) - 1] for i, (row, n) in enumerate(zip(rows, batch.prompt_lens, strict=True))])
 
 
-def packed_logprobs(module: AsyncPPOModule, batch: Batch) -> Tensor:
+def packed_logprobs(module: AsyncPPOModule, batch: Batch, share: bool = False) -> Tensor:
     """(M,) by ours, in the same order; gradients flow."""
-    micro = make_micro_batch(batch, range(batch.n_seqs), share_prompts=False, device=DEVICE)
+    micro = make_micro_batch(batch, range(batch.n_seqs), share_prompts=share, device=DEVICE)
+    assert micro.layout.shared == share
     logprobs, _ = module.score(micro)
     return logprobs[torch.argsort(micro.sources).to(DEVICE)]
 
@@ -66,8 +67,9 @@ def distance(values: Tensor, reference: Tensor) -> float:
     return float((values - reference).norm() / reference.norm())
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-def test_packed_is_as_close_to_float32_as_padded(weights: Any, tmp_path: Path) -> None:
+def test_packed_is_as_close_to_float32_as_padded(weights: Any, share: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, batch = str(write_tiny_model(tmp_path, **SHAPE)), make_batch()
@@ -81,7 +83,7 @@ def test_packed_is_as_close_to_float32_as_padded(weights: Any, tmp_path: Path) -
     module.to(DEVICE)
     truth = padded_logprobs(exact, batch)
     with torch.autocast(DEVICE, torch.bfloat16):
-        by_padding, by_packing = padded_logprobs(padded, batch), packed_logprobs(module, batch)
+        by_padding, by_packing = padded_logprobs(padded, batch), packed_logprobs(module, batch, share)
     error, allowed = (by_packing - truth).abs().mean(), (by_padding - truth).abs().mean()
     assert by_packing.isfinite().all() and error < 1.5 * allowed + 1e-4, (error, allowed)
     gradient = gradients(exact, truth)
@@ -89,13 +91,27 @@ def test_packed_is_as_close_to_float32_as_padded(weights: Any, tmp_path: Path) -
     assert ours < 1.5 * theirs + 1e-4, (ours, theirs)
 
 
-def test_what_stands_beside_a_sequence_does_not_change_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_what_stands_beside_a_sequence_does_not_change_it(share: bool, tmp_path: Path) -> None:
     folder = str(write_tiny_model(tmp_path, **SHAPE))
     module = AsyncPPOModule(folder, dtype="bfloat16")
     module.configure_model()
     module.to(DEVICE)
     few, many = make_batch(n_groups=1), make_batch(n_groups=6)
     with torch.no_grad():
-        alone, beside = packed_logprobs(module, few), packed_logprobs(module, many)
+        alone, beside = packed_logprobs(module, few, share), packed_logprobs(module, many, share)
     assert torch.equal(few.token_ids, many.token_ids[: len(few.token_ids)])
     torch.testing.assert_close(beside[: len(alone)], alone, atol=0.05, rtol=0.0)
+
+
+def test_without_a_choice_prompts_are_shared_where_it_pays(tmp_path: Path) -> None:
+    folder = str(write_tiny_model(tmp_path, **SHAPE))
+    short, long = make_batch(longest=20), make_batch(longest=1000)  # answers beside prompts of about 30 tokens
+    for dtype, batch, expected in (("bfloat16", short, True), ("bfloat16", long, False), ("float32", short, False)):
+        module = AsyncPPOModule(folder, dtype=dtype)  # type: ignore[arg-type]
+        module.configure_model()
+        module.to(DEVICE)
+        with torch.no_grad():
+            micro_batches = list(module.micro_batches(batch, range(batch.n_seqs), 100_000))
+        assert [micro.layout.shared for micro in micro_batches] == [expected], (dtype, expected)
+        assert bool(module.batch_logprobs(batch, range(batch.n_seqs))[batch.loss_mask].isfinite().all())

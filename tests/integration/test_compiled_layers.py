@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import make_micro_batch
+from rl_lightning.batching.spans import Spans
 from rl_lightning.models.checkpointing import checkpoint_layers, kept_numbers, level_of, plan_levels
 from rl_lightning.models.layers import compiled_graphs, decoder_layers
 from rl_lightning.models.varlen import varlen_attention
@@ -35,19 +36,27 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int
 def test_varlen_attention_is_attention_by_sequence(window: int | None) -> None:
     lengths = [5, 1, 9]
     inputs = [torch.randn(15, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    starts, weights = torch.tensor([0, 5, 6, 15], dtype=torch.int32), torch.randn(15, 4, 8, dtype=torch.float64)
-    got = varlen_attention(*inputs, starts, torch.tensor(9), 0.3, window)
+    weights = torch.randn(15, 4, 8, dtype=torch.float64)
+    got = varlen_attention(*inputs, Spans.of(lengths, range(3)), 0.3, window)
     expected = plain_attention(*inputs, lengths, 0.3, window)
     torch.testing.assert_close(got, expected)
     gradients = torch.autograd.grad((got * weights).sum(), inputs)
     torch.testing.assert_close(gradients, torch.autograd.grad((expected * weights).sum(), inputs))
 
 
-def gradient(module: Any, seed: int) -> list[Tensor]:
+def gradient(module: Any, seed: int, share: bool = False) -> list[Tensor]:
     batch = make_batch(seed=seed, n_groups=2 + seed)
     module.zero_grad()
-    module.score(make_micro_batch(batch, range(batch.n_seqs)))[0].sum().backward()
+    module.score(make_micro_batch(batch, range(batch.n_seqs), share_prompts=share))[0].sum().backward()
     return [p.grad for p in module.parameters()]
+
+
+def compile_for_test(module: Any) -> None:
+    """What inductor makes of a graph does not matter here."""
+    for layer in decoder_layers(module.model):
+        for inner in layer.modules():
+            inner.__dict__.pop("forward", None)
+        layer.compile(dynamic=True, backend="aot_eager")
 
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
@@ -56,25 +65,47 @@ def test_compiled_once_for_all_lengths(level: Any, tmp_path: Path) -> None:
     plain, compiled = (Alone(folder, gradient_checkpointing=x) for x in ("none", level))
     for module in (plain, compiled):
         module.configure_model()
-    for layer in decoder_layers(compiled.model):
-        for module in layer.modules():
-            module.__dict__.pop("forward", None)
-        layer.compile(dynamic=True, backend="aot_eager")  # what inductor makes of a graph does not matter here
+    compile_for_test(compiled)
     graphs = compiled_graphs()
     torch.testing.assert_close(gradient(compiled, 0), gradient(plain, 0), rtol=1e-3, atol=1e-4)
     assert compiled_graphs() == graphs + 1, "the two layers share one graph"
-    for seed in range(1, 5):
-        torch.testing.assert_close(gradient(compiled, seed), gradient(plain, seed), rtol=1e-3, atol=1e-4)
-    assert compiled_graphs() == graphs + 1
+    for seed in range(1, 7):
+        got, expected = gradient(compiled, seed, share=seed % 3 > 0), gradient(plain, seed)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert compiled_graphs() == graphs + 1, "whether prompts are shared is no part of the code either"
+
+
+def test_compiled_shared_prompts_under_a_window_take_the_blocks(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    plain, compiled = Alone(folder), Alone(folder)
+    for module in (plain, compiled):
+        module.configure_model()
+    compile_for_test(compiled)
+    for share in (True, False):
+        torch.testing.assert_close(gradient(compiled, 1, share), gradient(plain, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_shared_prompts_under_autocast(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "qwen3", num_hidden_layers=1)
+    plain, compiled = Alone(folder, gradient_checkpointing="selective"), Alone(folder, gradient_checkpointing="selective")
+    for module in (plain, compiled):
+        module.configure_model()
+    compile_for_test(compiled)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.cat([x.flatten() for x in gradient(compiled, 1, share=True)])
+    expected = torch.cat([x.flatten() for x in gradient(plain, 1)])
+    assert float((got - expected).norm() / expected.norm()) < 0.05
 
 
 @pytest.mark.parametrize("level", ["light", "selective", "full"])
 def test_checkpointing_changes_no_gradient_and_can_be_undone(level: Any, tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, "qwen3"), dtype="float64")
     module.configure_model()
-    kinds, expected = [type(layer) for layer in decoder_layers(module.model)], gradient(module, 0)
+    kinds = [type(layer) for layer in decoder_layers(module.model)]
+    expected = [gradient(module, 0, share) for share in (False, True)]
     checkpoint_layers(module.model, ["none", level])
-    torch.testing.assert_close(gradient(module, 0), expected, rtol=0, atol=0)
+    for share in (False, True):
+        torch.testing.assert_close(gradient(module, 0, share), expected[share], rtol=0, atol=0)
     checkpoint_layers(module.model, "none")
     assert [type(layer) for layer in decoder_layers(module.model)] == kinds
 

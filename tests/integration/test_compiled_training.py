@@ -31,7 +31,7 @@ class Counting(Alone):
 @pytest.mark.slow
 def test_later_steps_compile_nothing(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "qwen3")
-    options: dict[str, Any] = {"ppo": PPOConfig(n_minibatches=2), "max_tokens_per_mb": 60, "share_prompts": False}
+    options: dict[str, Any] = {"ppo": PPOConfig(n_minibatches=2), "max_tokens_per_mb": 60, "share_prompts": True}
     batches = [make_batch(seed, n_groups=2 * seed + 2) for seed in range(4)]
     compiled, plain = Counting(folder, compile=True, gradient_checkpointing="light", **options), Counting(folder, **options)
     for module in (compiled, plain):

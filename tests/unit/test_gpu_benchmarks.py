@@ -19,6 +19,7 @@ sys.path[:0] = [str(GPU), str(GPU.parent)]
 import async_vs_sync  # noqa: E402
 import gpu_20_steps  # noqa: E402
 import learning  # noqa: E402
+import shared_prompts  # noqa: E402
 import steps_of_log  # noqa: E402
 from learning_imitator import Imitator, write_examples, write_model  # noqa: E402
 from long_tail import LongTail, RandomPrompts  # noqa: E402
@@ -132,6 +133,23 @@ def test_what_follows_from_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (apart.engine_gpu, apart.trainer_gpu, apart.transport) == (0, 1, "distributed")
     assert (together.engine_gpu, together.trainer_gpu, together.transport) == (0, 0, "tensor")
     assert parsed("--cpu").engine_gpu is None and parsed("--shape", "1.7b").checkpointing == "full"
+
+
+def test_sharing_is_compared_on_one_batch_in_turns() -> None:
+    args = argparse.Namespace(group_size=4, tokens=1000, micro_tokens=500, warmup=1, steps=2)
+    batch = shared_prompts.make_batch("30:20", args, shared_prompts.SHAPES["tiny"])
+    assert (batch.n_seqs, set(batch.prompt_lens.tolist()), len(batch.token_ids)) == (20, {30}, 1000)
+    plan = shared_prompts.make_plan(args, {"30:20": batch}, "eager")
+    assert [step.case for step in plan.steps] == ["30:20 repeated", "30:20 shared"] * 3
+    for step in plan.steps:
+        step.seconds = 2.0 if step.case.endswith("repeated") else 1.0
+    row = shared_prompts.row("tiny", "30:20", batch, plan, "eager")
+    assert (row["saved"], row["gain"], row["repeated"]["tokens_per_s"]) == (0.45, 2.0, 490.0)
+    late = [{**row, "shape": "0.6b", "shared": {"failure": "out of memory"}}]
+    del late[0]["gain"]
+    lines = shared_prompts.table([row, *late]).splitlines()
+    assert "| 45% | 490 | 980 | 2.00 | 1.82 |" in lines[2] and "| 490 | out of memory |  | 1.82 |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_page_lists_every_script() -> None:
