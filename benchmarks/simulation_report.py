@@ -160,8 +160,8 @@ def plot_splits(result: dict[str, Any], panel: Any) -> None:
     """Tokens per second over eta: the published, the best split's, and the others'."""
     published, factor, best = result["published_k_tokens_per_s"], result["factor"], result["best"]
     places = {eta: place for place, eta in enumerate(published)}
-    thin = {"color": "grey", "lw": 0.8}
-    thick = {"color": "tab:blue", "marker": "o", "label": "simulated"}
+    thin: dict[str, Any] = {"color": "grey", "lw": 0.8}
+    thick: dict[str, Any] = {"color": "tab:blue", "marker": "o", "label": "simulated"}
     others = [(split, thin) for split in result["splits"] if split["engines"] != best["engines"]]
     for split, style in [*others, (best, thick)]:
         speeds = [factor * run["tokens_per_s"] / 1000 for run in split["runs"]]

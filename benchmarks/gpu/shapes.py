@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path += [str(Path(__file__).resolve().parents[2] / "recipes")]
+
+from random_qwen3 import SHAPES as PUBLISHED  # noqa: E402
 
 PEAK_FLOPS = 989e12
 """Dense bfloat16 operations per second of an H100 SXM or H200, from their data sheets."""
@@ -71,8 +76,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, head_dim=16, vocabulary=512),
     "small": Shape(256, 6, 8, 4, 768, head_dim=32, vocabulary=8192),
-    "0.6b": Shape(1024, 28, 16, 8, 3072),
-    "1.7b": Shape(2048, 28, 16, 8, 6144),
+    **{name: Shape(*PUBLISHED[name]) for name in ("0.6b", "1.7b")},
 }
 """Qwen3's published shapes, one for a try on a CPU, and one that a CPU can be measured with."""
 

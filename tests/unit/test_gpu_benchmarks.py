@@ -30,7 +30,17 @@ from rl_lightning.prompts.tokenizer import load_tokenizer  # noqa: E402
 
 @pytest.mark.parametrize(
     "name",
-    ["async_vs_sync", "dynamic_batching", "gpu_20_steps", "interrupt", "learning", "rollout_path", "trainer", "weight_sync"],
+    [
+        "async_vs_sync",
+        "dynamic_batching",
+        "gpu_20_steps",
+        "interrupt",
+        "learning",
+        "rollout_path",
+        "shared_prompts",
+        "trainer",
+        "weight_sync",
+    ],
 )
 def test_a_benchmark_reads_its_command_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--cpu"])
