@@ -27,7 +27,9 @@ Agree = Callable[[Any], Any]
 
 POLL_S = 5.0
 PROGRESS_S = 30.0
-FETCH_TIMEOUT_S = 300.0
+FETCH_TIMEOUT_S = 60.0
+MOST_LOSSES = 5
+"""Fetches of one batch, one after the other, that may miss answers: nodes die one by one, a network that is cut stays cut."""
 
 
 def await_share(
@@ -66,17 +68,22 @@ def _waiting(answer: Share | Waiting) -> Waiting | None:
 
 
 def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[RolloutGroup], list[int]]:
-    """(the groups behind a share's references, places of those that went down with their node)."""
+    """(the groups behind a share's references, places of those that went down with their node).
+
+    A node's death may take Ray minutes to notice: what has not arrived within `timeout_s` counts as lost too.
+    """
     import ray
 
     refs = [ref for (ref,) in share.contents]
+    arrived, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
     with contextlib.suppress(ray.exceptions.ObjectLostError):
-        return ray.get(refs, timeout=timeout_s), []
-    groups, lost = [], []
+        if len(arrived) == len(refs):
+            return ray.get(refs), []
+    groups, lost, is_here = [], [], set(arrived)
     for place, ref in enumerate(refs):
         try:
-            groups.append(ray.get(ref, timeout=timeout_s))
-        except ray.exceptions.ObjectLostError:
+            groups.append(ray.get(ref, timeout=timeout_s if ref in is_here else 0))
+        except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
             lost.append(place)
     return groups, lost
 
@@ -89,6 +96,14 @@ def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
     """
     if lost and agree is not None:
         raise StepLostError(f"the answers of {len(lost)} prompts were lost with their node; go on from the checkpoint")
+
+
+def cut_off(what: str) -> RolloutError:
+    """Of answers that were generated and never arrive."""
+    return RolloutError(
+        f"answers for {what} were generated and did not arrive, {MOST_LOSSES} times in a row: can this node reach those of the "
+        f"engines on all ports (firewall, ray status)?"
+    )
 
 
 class RolloutLoader:
@@ -131,12 +146,13 @@ class RolloutLoader:
 
     def _next(self) -> Batch:
         version, started = self._step(), time.monotonic()
-        groups, lost = fetch(self._take(version))
-        while lost:
+        for _ in range(MOST_LOSSES):
+            groups, lost = fetch(self._take(version))
+            if not lost:
+                return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
             check_lost(lost, self._agree)
             self._fleet.call("lost", version, self._rank, lost)
-            groups, lost = fetch(self._take(version))
-        return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
+        raise cut_off(f"step {version + 1}")
 
     def _take(self, version: int) -> Share:
         share = await_share(
@@ -184,13 +200,17 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         started = time.monotonic()
         answered: dict[int, RolloutGroup] = {}
-        while missing := [position for position in self._positions if position not in answered]:
+        for _ in range(MOST_LOSSES):
+            missing = [position for position in self._positions if position not in answered]
             groups, lost = fetch(self._answers(missing))
-            check_lost(lost, self._agree)
             there = [position for place, position in enumerate(missing) if place not in lost]
             answered.update(zip(there, groups, strict=True))
-        batch = collate([answered[position] for position in self._positions])
-        yield replace(batch, version=self._step(), wait_s=time.monotonic() - started)
+            if not lost:
+                batch = collate([answered[position] for position in self._positions])
+                yield replace(batch, version=self._step(), wait_s=time.monotonic() - started)
+                return
+            check_lost(lost, self._agree)
+        raise cut_off("the validation")
 
     def _answers(self, positions: list[int]) -> Share:
         evaluation = self._fleet.call("begin_evaluation", positions)
