@@ -84,9 +84,7 @@ def packed_attention(
 
 
 @torch.compiler.disable
-def _block_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
-) -> Tensor:
+def _block_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None) -> Tensor:
     """Attention of rows (N, heads, head_dim) block by block."""
     outputs = []
     for block, bias in zip(layout.blocks, layout.biases(window, query.dtype), strict=True):

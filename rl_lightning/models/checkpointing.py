@@ -75,9 +75,7 @@ def plan_levels(model: Any, n_tokens: int, spare_bytes: float, *, element: int =
     kept, factor = kept_numbers(config), 1.0 if compiled else EAGER_FACTOR
     price = {level: kept[level] * element * n_tokens * (1.0 if level == "full" else factor) for level in kept}
     levels: list[Level] = ["full"] * len(decoder_layers(model))
-    spare = (
-        spare_bytes - len(levels) * price["full"] - 2 * price["none"]
-    )  # the layer at work keeps all of it, and its gradients
+    spare = spare_bytes - len(levels) * price["full"] - 2 * price["none"]  # the layer at work keeps all of it, and its gradients
     for level, below in LADDER:  # a step up for as many layers as can have it, before any layer gets the next
         extra = price[level] - price[below]
         for i in [i for i, present in enumerate(levels) if present == below][: max(0, int(spare // extra))]:

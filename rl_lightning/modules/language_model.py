@@ -146,9 +146,7 @@ class LanguageModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
         if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead"
-            )
+            raise ValueError(f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
         if self.device.type == "cpu":
             keep_freed_memory()
         self._graphs = compiled_graphs()

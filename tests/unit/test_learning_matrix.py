@@ -32,9 +32,7 @@ for step in range({learning_matrix.N_VALIDATIONS}):
 
 
 def arguments(tmp_path: Path) -> argparse.Namespace:
-    return argparse.Namespace(
-        etas=[0, 4], losses=["decoupled", "plain"], seeds=[1, 2], jobs=2, cell_timeout=60.0, work=tmp_path
-    )
+    return argparse.Namespace(etas=[0, 4], losses=["decoupled", "plain"], seeds=[1, 2], jobs=2, cell_timeout=60.0, work=tmp_path)
 
 
 def program(tmp_path: Path, seed: int, eta: int, loss: str) -> list[str]:

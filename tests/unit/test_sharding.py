@@ -44,9 +44,7 @@ def test_a_model_in_pieces_scores_as_a_whole_one(sharding: Sharding, tmp_path: P
         torch.testing.assert_close(whole(weights[name].grad), weight.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_no_more_than_a_block_is_whole_at_any_time(
-    sharding: Sharding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_a_block_is_whole_at_any_time(sharding: Sharding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "model", "llama", num_hidden_layers=4)
     read: list[str] = []
     plain = sharded_loading.WeightFiles._read
