@@ -16,7 +16,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What an engine returned for one stretch of an answer, all of it under one version.
+    """What an engine returned for one stretch of an answer.
 
     Attributes:
         token_ids: (n,) int32, ending with the one that stopped it.
@@ -45,7 +45,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self._decode = decode
         self._segments: list[Segment] = []
-        self._versions: list[int] = []
+        self._versions: list[np.ndarray] = []
         self._length = 0
         self._stop_pending = False
 
@@ -64,11 +64,17 @@ class Answer:
             most = min(most, chunk)
         return most, min(most, max(0, params.min_new_tokens - done))
 
-    def add(self, segment: Segment, version: int, asked: int) -> None:
-        """Appends `segment`, sampled by `version` with a limit of `asked` tokens, and decides whether the answer is finished."""
+    def add(self, segment: Segment, versions: np.ndarray, asked: int) -> None:
+        """Appends `segment`, asked for with a limit of `asked` tokens, and decides whether the answer is finished.
+
+        Args:
+            segment: of n tokens.
+            versions: (n,) int32, of the weights that sampled each of them.
+            asked: the limit.
+        """
         resumed = self._length > 0
         self._segments.append(segment)
-        self._versions.append(version)
+        self._versions.append(versions)
         self._length += len(segment.token_ids)
         params, done = self.request.params, self._length
         ended = segment.reason == "stop" or (resumed and self._ends_in_stop_text())
@@ -89,7 +95,7 @@ class Answer:
         return Completion(
             token_ids=np.concatenate([segment.token_ids for segment in self._segments], dtype=np.int32),
             logprobs=np.concatenate([segment.logprobs for segment in self._segments], dtype=np.float32),
-            versions=np.repeat(np.asarray(self._versions, np.int32), [len(segment.token_ids) for segment in self._segments]),
+            versions=np.concatenate(self._versions, dtype=np.int32),
             finish_reason=self.finish_reason,
         )
 

@@ -11,13 +11,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from rl_lightning.engines.answer import Answer, Decode
 from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
+from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import (
@@ -29,6 +30,7 @@ from rl_lightning.engines.sglang_args import (
     sharing_args,
 )
 from rl_lightning.engines.sglang_client import SGLangClient
+from rl_lightning.engines.sglang_hold import can_hold
 from rl_lightning.engines.sglang_receiver import Receiver, target_of
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
@@ -41,14 +43,17 @@ QUIET_S = 5.0
 HEALTH_TIMEOUT_S = 120.0
 POLL_S = 0.1
 ABORT_EVERY_S = 0.05
+HOLD_EVERY_S = 0.002
+GIVE_UP_S = 5.0
 
 
 class SGLangEngine:
     """SGLang on CUDA, or on a CPU where there is none.
 
-    A weight update interrupts generation: requests in flight are aborted and keep what they have, the weights are
-    replaced and proven, the prefix cache is emptied, and the same requests go on from prompt and tokens so far.  Every
-    token's log-probability is therefore that of the weights its version names.
+    A weight update interrupts generation: the server stands still with the requests inside, the prefix cache is emptied,
+    the weights are replaced and proven, and the same requests go on from prompt and tokens so far.  Every token's
+    log-probability is therefore that of the weights its version names.  Servers that cannot be held (those that something
+    else started, several pipeline stages, speculative decoding) end the requests instead and are sent what is left of them.
 
     Log-probabilities are of the temperature-scaled distribution and not renormalised for top_p and top_k.
 
@@ -113,7 +118,8 @@ class SGLangEngine:
         self._gate: GenerationGate | None = None
         self._receiver: Receiver | None = None
         self._target = WeightTarget()
-        self._yields = self._asleep = False
+        self._yields = self._asleep = self._holds = False
+        self._flight = InFlight()
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = ""
         self._decoder: Decode | None = None
@@ -131,7 +137,7 @@ class SGLangEngine:
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
         self._model_path, self._decoder, self._asleep = model_path, None, False
-        self._gate, self._prefixes = GenerationGate(), PrefixSharing(self._prefill)
+        self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()
         try:
             if self.url is None:
                 self._client, port = self._launch(model_path)
@@ -177,13 +183,13 @@ class SGLangEngine:
         try:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
-                await self._interrupt()
-                async with self._awake():
-                    sent = await load()
-                await client.flush()
-                await self._receiver.prove(update.version, sent)
+                async with self._interrupted(update.version):
+                    async with self._awake():
+                        sent = await load()
+                    await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
+            await self._give_up()
             if isinstance(error, TimeoutError):
                 waited = f"SGLang did not take version {update.version} within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
                 raise EngineError(f"{waited}: {error}" if str(error) else waited) from None
@@ -198,7 +204,7 @@ class SGLangEngine:
             return
         try:
             async with asyncio.timeout(self.sync_timeout_s):
-                await self._interrupt()
+                await self._end_requests()
                 await client.flush()  # succeeds once nothing runs, which the server insists on
                 await client.release_memory()
         except TimeoutError:
@@ -275,6 +281,8 @@ class SGLangEngine:
         self._context_limit = int(info.get("max_req_input_len") or 2**31)
         self._receiver = Receiver(self._client, info["dtype"])
         self._target = target_of(info)
+        self._holds = can_hold(info) and await self._client.hold([]) is not None
+        await self._client.go_on()  # also where an engine before this one left the server standing still
         await self._sample_one_token()
         if self.url is not None:
             await self._client.samples({"model.norm.weight": (1,)})
@@ -298,21 +306,61 @@ class SGLangEngine:
                 answer.cut_short()
                 return
             await self._prefixes.cached(answer.request.prompt_ids, version)
+            if not gate.is_open:
+                return  # nothing may be sent now
             most, fewest = answer.next_limits(self.new_tokens_per_chunk)
             rid = f"{answer.request.request_id}-{uuid.uuid4().hex}"
-            try:
-                segment = await client.generate(rid, context, answer.request.params, most, fewest)
-            except asyncio.CancelledError:
-                self._spawn(client.abort(rid))
-                raise
+            with self._flight.request(rid, version) as spans:
+                try:
+                    segment = await client.generate(rid, context, answer.request.params, most, fewest)
+                except asyncio.CancelledError:
+                    self._spawn(client.abort(rid))
+                    raise
             self._answered_s = time.monotonic()
-        answer.add(segment, version, most)
+        answer.add(segment, versions_of(spans, len(segment.token_ids)), most)
 
     async def _prefill(self, prompt_ids: Sequence[int]) -> None:
         client, _ = self._parts()
         await client.generate(uuid.uuid4().hex, prompt_ids, SamplingParams(), 0, 0)
 
-    async def _interrupt(self) -> None:
+    @asynccontextmanager
+    async def _interrupted(self, version: int) -> AsyncIterator[None]:
+        """Nothing is sampled within the block, and what the server keeps is sampled under `version` after it."""
+        client, gate = self._parts()
+        if self._holds and not self._asleep:
+            gate.close()
+            counts = await self._hold()
+            yield
+            self._flight.change(version, counts)
+            await client.go_on()
+        else:
+            await self._end_requests()
+            yield
+            await client.flush()
+
+    async def _hold(self) -> dict[str, int]:
+        """Lets the server stand still; how many tokens each request in flight has.
+
+        Asked again while one is neither in the server nor answered: it is on its way in or out.
+        """
+        client, _ = self._parts()
+        while True:
+            counts = await client.hold(self._flight.rids)
+            if counts is None:
+                raise EngineError(f"SGLang at {client.url} cannot be held any more: it was started anew by something else")
+            if counts.keys() >= set(self._flight.rids):
+                await client.refuse_requests()
+                return counts
+            await asyncio.sleep(HOLD_EVERY_S)
+
+    async def _give_up(self) -> None:
+        """Gets requests back from a server that stands still: they will hear from the gate why."""
+        if self._holds and self._client is not None:
+            with suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(GIVE_UP_S):
+                    await self._client.abort()
+
+    async def _end_requests(self) -> None:
         """Closes the gate and ends every segment inside. A request that was still on its way is caught by a later abort."""
         client, gate = self._parts()
         gate.close()

@@ -15,6 +15,7 @@ import orjson
 
 from rl_lightning.engines.answer import Segment
 from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.sglang_hold import HOLD
 from rl_lightning.engines.sglang_probe import SAMPLES
 from rl_lightning.types import SamplingParams
 from rl_lightning.weights.fingerprint import sampled_positions
@@ -117,6 +118,33 @@ class SGLangClient:
     async def abort(self, rid: str | None = None) -> None:
         """Ends one request, or all of them."""
         await self.call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def hold(self, rids: Sequence[str]) -> dict[str, int] | None:
+        """Stops computing, with all requests kept, and empties the cache; may be called again.
+
+        Returns:
+            How many tokens each of `rids` has, without those that the server has answered or not got yet; None if this
+            server cannot be held and goes on.
+
+        Raises:
+            EngineError: it cannot empty its cache.
+        """
+        body = {"name": f"{HOLD} {json.dumps(rids)}"}
+        status, content = await self.call("POST", "/get_weights_by_name", body, accept=(OK, BAD_REQUEST))
+        if status == BAD_REQUEST:
+            return None
+        emptied, *counts = content
+        if not emptied:
+            raise EngineError(f"SGLang at {self.url} stopped, but something still uses its cache")
+        return {rid: int(count) for rid, count in zip(rids, counts, strict=True) if count >= 0}
+
+    async def refuse_requests(self) -> None:
+        """Keeps new requests at the door of a server that is held, without which it takes no weights."""
+        await self.call("POST", "/pause_generation", {"mode": "retract"})
+
+    async def go_on(self) -> None:
+        """Ends what `hold` and `refuse_requests` began; nothing happens where they did not."""
+        await self.call("POST", "/continue_generation", {"torch_empty_cache": False}, accept=(OK, NOT_FOUND))
 
     async def server_info(self) -> dict[str, Any]:
         """Its arguments and state; goes through the scheduler, so an answer shows that it turns."""

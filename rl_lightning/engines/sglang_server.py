@@ -2,10 +2,10 @@
 
     python -m rl_lightning.engines.sglang_server --model-path DIR --port N [any flag of sglang.launch_server]
 
-Three things are added to SGLang's own launcher: the server dies with the process that started it; it can show its weights
-(`sglang_probe`), which is how a weight update is proven; and with `--device cpu` it runs without a GPU and without CUDA
-packages (`sglang_cpu`).  SGLang starts its scheduler and detokenizer by "spawn", which runs the top level of this file
-again in each of them.
+Four things are added to SGLang's own launcher: the server dies with the process that started it; it can show its weights
+(`sglang_probe`), which is how a weight update is proven; it can stand still with all its requests inside (`sglang_hold`); and
+with `--device cpu` it runs without a GPU and without CUDA packages (`sglang_cpu`).  SGLang starts its scheduler and detokenizer
+by "spawn", which runs the top level of this file again in each of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def prepare(arguments: Sequence[str]) -> None:
         from rl_lightning.engines.sglang_cpu_speed import register_speed
 
         register_speed()
+    from rl_lightning.engines.sglang_hold import register_hold
     from rl_lightning.engines.sglang_probe import register_probe
 
     register_probe()
+    register_hold()
 
 
 def fork_children() -> None:

@@ -19,6 +19,9 @@ from rl_lightning.engines.slot_decoder import PREFILL_TOKENS, Piece, SlotDecoder
 from rl_lightning.engines.slot_rows import SlotRows
 from rl_lightning.types import Completion, GenerationRequest
 
+FINISH_TOKENS = 64
+"""Answers that have at most so many tokens to go may end before weights are replaced."""
+
 Detokenise = Callable[[list[list[int]]], list[str]]
 
 
@@ -95,11 +98,36 @@ class SlotBatch:
         self._drop_cancelled()
         self._make_room()
         self.admit()
+        if self.running:
+            self._decode()
+
+    def finish_short(self) -> None:
+        """Lets running answers end, and nobody join, while that is less work than computing their contexts again would be.
+
+        New weights that wait for it are as late as `FINISH_TOKENS` tokens at most.
+
+        Raises:
+            EngineError: the model returned something that is not a number.
+        """
+        self._drop_cancelled()
+        while self._end_soon():
+            self._decode()
+            self._drop_cancelled()
+
+    def _end_soon(self) -> bool:
         n = len(self.running)
-        if n:
-            logits = self._decoder.decode(self._rows.last_tokens(n), self._rows.length[:n])
-            self._rows.length[:n] += 1
-            self._sample(slice(0, n), logits)
+        left = int((self._rows.limit[:n] - self._rows.count[:n]).max(initial=0))
+        held = int(self._rows.length[:n].sum())
+        return 0 < left <= FINISH_TOKENS and n * left <= held and self._decoder.cache.fits(n, self._longest() + 1)
+
+    def _decode(self) -> None:
+        n = len(self.running)
+        logits = self._decoder.decode(self._rows.last_tokens(n), self._rows.length[:n])
+        self._rows.length[:n] += 1
+        self._sample(slice(0, n), logits)
+
+    def _longest(self) -> int:
+        return int(self._rows.length[: len(self.running)].max(initial=0))
 
     def interrupt(self) -> None:
         """Takes every running request out of its slot and queues it before the others; nothing cached is used again."""
@@ -119,7 +147,7 @@ class SlotBatch:
         No more of them than one prefill pass takes, so that running ones and weight updates do not wait long.
         """
         first = len(self.running)
-        longest = int(self._rows.length[:first].max(initial=0)) + 1
+        longest = self._longest() + 1
         prompts: set[tuple[int, ...]] = set()
         tokens = 0
         while self.waiting and tokens < PREFILL_TOKENS:
@@ -134,7 +162,7 @@ class SlotBatch:
                 self._seat(request)
         if len(self.running) > first:
             rows = range(first, len(self.running))
-            self._decoder.cache.reserve(len(self.running), int(self._rows.length[: len(self.running)].max()) + 1)
+            self._decoder.cache.reserve(len(self.running), self._longest() + 1)
             self._sample(slice(first, len(self.running)), self._fill(rows))
 
     def _seat(self, request: OpenRequest) -> None:

@@ -78,12 +78,14 @@ class SlotThread:
     def update(self, update: WeightUpdate, weights: Iterable[tuple[str, torch.Tensor]]) -> float:
         """Interrupts, loads, proves. To be run by `call`; returns the seconds that this took.
 
+        Answers that are short and about to end are let finish before.
         The next step computes the caches of what was interrupted again: whoever waits for the proof need not wait for that.
 
         Raises:
             WeightMismatchError: the fingerprint differs.
             EngineError: the weights do not fit the model.
         """
+        self._batch.finish_short()
         started = time.perf_counter()
         self._batch.interrupt()
         try:

@@ -27,8 +27,9 @@ class TorchEngine:
     """Continuous batching with a key-value cache over any causal language model of transformers' attention interface.
 
     Equal prompts that wait together are computed once.  A weight update interrupts between two tokens; what was generated
-    stays, its keys and values are computed again under the new weights.  An answer is a function of weights, prompt and
-    seed, up to float rounding, whatever else is in the batch.
+    stays, its keys and values are computed again under the new weights.  Only where the running answers have at most 64 tokens
+    to go, and fewer than they have, they end under the old weights before: that is less work.  An answer is a function of
+    weights, prompt and seed, up to float rounding, whatever else is in the batch.
 
     Log-probabilities are of the temperature-scaled distribution over the whole vocabulary, also where `top_p`, `top_k` or
     `min_new_tokens` narrow the choice.  An answer also ends (`length`) where the model's context or the cache does.

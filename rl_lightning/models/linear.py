@@ -67,7 +67,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDnnLinear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    return _of_few_sizes(x, weight, bias)
+
+
+def _of_few_sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of rows filled up with zeros to the next of 16 sizes in each power of two.
+
+    oneDNN keeps code for every number of rows that it has seen, hundreds of megabytes of it where engines batch as it comes.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, (1 << len(rows).bit_length()) // 32)
+    missing = -len(rows) % step
+    if not missing:
+        return _product(x, weight, bias)
+    return _product(F.pad(rows, (0, 0, 0, missing)), weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -78,12 +78,14 @@ class Running:
         finally:
             sender.release()
 
-    def logprobs(self, version: int, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    def logprobs(
+        self, version: int, completion: Completion, temperature: float = 1.0, prompt: tuple[int, ...] = PROMPT
+    ) -> np.ndarray:
         """What Hugging Face says of each token under the weights of `version`."""
-        ids = torch.tensor([*PROMPT, *completion.token_ids.tolist()])
+        ids = torch.tensor([*prompt, *completion.token_ids.tolist()])
         with torch.no_grad():
-            scaled = self.live[version](ids[None]).logits[0, len(PROMPT) - 1 : -1] / temperature
-        return scaled.log_softmax(-1).gather(1, ids[len(PROMPT) :, None])[:, 0].numpy()
+            scaled = self.live[version](ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        return scaled.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].numpy()
 
     def close(self) -> None:
         self.run(self.engine.stop())

@@ -94,9 +94,10 @@ def test_an_answer_crosses_two_weight_updates(running: Running) -> None:
 
 def cross_two_updates(running: Running, name: str) -> None:
     before = running.version
-    futures = running.ask_later(8, max_new_tokens=900)
+    prompt = PROMPT * 8  # long enough to be shared
+    futures = running.ask_later(16, prompt, max_new_tokens=900)
     for model in (1, 2):
-        time.sleep(0.4)
+        running.ask(1, prompt, max_new_tokens=30)  # by then the others have as many
         stopped_s = running.publish(model, name)
         assert 0 < stopped_s < 10
     completions = [future.result(120) for future in futures]
@@ -106,11 +107,31 @@ def cross_two_updates(running: Running, name: str) -> None:
         assert len(completion) == 900 or completion.finish_reason == "stop"
         expected = np.select(
             [completion.versions == v for v in range(before, before + 3)],
-            [running.logprobs(v, completion) for v in range(before, before + 3)],
+            [running.logprobs(v, completion, prompt=prompt) for v in range(before, before + 3)],
         )
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
-    [later] = running.ask(max_new_tokens=16)
-    np.testing.assert_allclose(later.logprobs, running.logprobs(running.version, later), atol=1e-3)
+    [later] = running.ask(1, prompt, max_new_tokens=16)
+    np.testing.assert_allclose(later.logprobs, running.logprobs(running.version, later, prompt=prompt), atol=1e-3)
+
+
+def test_the_fewest_tokens_count_from_the_beginning_also_across_an_update(running: Running) -> None:
+    common = tuple(range(3, len(VOCABULARY), 2))  # an answer ends soon once it may
+    futures = running.ask_later(8, max_new_tokens=900, min_new_tokens=400, stop_token_ids=common)
+    running.ask(max_new_tokens=30)
+    running.publish(1)
+    completions = [future.result(120) for future in futures]
+    assert sum(len(set(c.versions.tolist())) == 2 for c in completions) >= 4
+    assert all(400 <= len(c) < 440 for c in completions)
+
+
+def test_answers_end_while_updates_come_one_after_another(running: Running) -> None:
+    futures = [f for n in range(20, 220, 5) for f in running.ask_later(2, max_new_tokens=n)]
+    for _ in range(12):
+        running.publish(1 + running.version % 2)
+    for completion in (future.result(60) for future in futures):
+        versions = sorted(set(completion.versions.tolist()))
+        expected = np.select([completion.versions == v for v in versions], [running.logprobs(v, completion) for v in versions])
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
 
 
 def test_a_stop_text_is_found_across_an_update(running: Running) -> None:
@@ -126,8 +147,11 @@ def test_a_stop_text_is_found_across_an_update(running: Running) -> None:
 
 
 def test_wrong_weights_are_noticed_and_the_right_ones_repair(running: Running) -> None:
+    futures = running.ask_later(4, max_new_tokens=1000, min_new_tokens=1000)
+    running.ask(max_new_tokens=30)
     with pytest.raises(WeightMismatchError, match=f"version {running.version + 1}"):
         running.publish(2, "disk", tamper=True)
+    assert all(isinstance(future.exception(30), EngineError) for future in futures)
     running.publish(1)
     [completion] = running.ask(max_new_tokens=8)
     np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion), atol=1e-3)
@@ -156,6 +180,16 @@ def test_a_request_that_cannot_fit_is_refused(running: Running) -> None:
     with pytest.raises((ValueError, EngineError)):
         running.ask(prompt=PROMPT * 300, max_new_tokens=4)
     running.ask(max_new_tokens=1)
+
+
+@pytest.mark.parametrize("running", ["sglang"], indirect=True)
+def test_a_server_that_cannot_be_held_is_interrupted_by_ending_its_requests(running: Running) -> None:
+    assert isinstance(running.engine, SGLangEngine) and running.engine._holds
+    running.engine._holds = False
+    try:
+        cross_two_updates(running, "disk")
+    finally:
+        running.engine._holds = True
 
 
 @pytest.mark.parametrize("running", ["sglang"], indirect=True)

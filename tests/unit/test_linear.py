@@ -54,3 +54,11 @@ def test_accelerated_models_keep_their_names_and_results() -> None:
     assert accelerate_linears(model) == (2 if onednn_pays() else 0)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@onednn
+@pytest.mark.parametrize("shape", [(37, 24), (64, 24), (3, 45, 24), (1, 1037, 24)])
+def test_rows_that_are_filled_up_do_not_show(shape: tuple[int, ...]) -> None:
+    weight, bias, x = torch.randn(56, 24), torch.randn(56), torch.randn(shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)

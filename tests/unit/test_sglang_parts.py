@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 from rl_lightning.engines.answer import Answer, Segment
 from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
+from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env, sharing_args
 from rl_lightning.engines.sglang_client import SGLangClient, Shown, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
+from rl_lightning.engines.sglang_hold import _go_on_from_here, can_hold
 from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
 from rl_lightning.engines.sglang_receiver import as_held
 from rl_lightning.engines.sglang_server import wants_cpu
@@ -35,8 +38,9 @@ def make_answer(stop: tuple[str, ...] = (), least: int = 0, most: int = 10) -> A
     return Answer(GenerationRequest("a", (1, 2), params), lambda ids: "".join(map(chr, ids)))
 
 
-def segment(text: str, reason: str) -> Segment:
-    return Segment(np.array([ord(c) for c in text], np.int32), np.full(len(text), -1, np.float32), reason)  # type: ignore[arg-type]
+def add(answer: Answer, text: str, reason: str, version: int, asked: int) -> None:
+    tokens, logprobs = np.array([ord(c) for c in text], np.int32), np.full(len(text), -1, np.float32)
+    answer.add(Segment(tokens, logprobs, reason), np.full(len(text), version, np.int32), asked)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 15), st.integers(0, 15))
@@ -46,7 +50,7 @@ def test_limits_hold_over_all_segments_together(interrupts: list[int], most: int
         asked, fewest = answer.next_limits()
         assert 0 <= fewest <= asked
         n = min(n, asked)
-        answer.add(segment("x" * n, "length" if n == asked else "interrupt"), version, asked)
+        add(answer, "x" * n, "length" if n == asked else "interrupt", version, asked)
         if answer.finish_reason:
             break
     completion = answer.completion()
@@ -56,36 +60,36 @@ def test_limits_hold_over_all_segments_together(interrupts: list[int], most: int
 
 def test_a_stop_before_the_minimum_does_not_end_the_answer() -> None:
     answer = make_answer(least=4)
-    answer.add(segment("ab", "stop"), 0, 10)
+    add(answer, "ab", "stop", 0, 10)
     assert answer.finish_reason is None and answer.next_limits() == (8, 2)
-    answer.add(segment("cd", "stop"), 0, 8)
+    add(answer, "cd", "stop", 0, 8)
     assert answer.finish_reason == "stop" and answer.context.tolist() == [1, 2, *map(ord, "abcd")]
 
 
 def test_a_stop_text_across_segments_is_found_token_by_token() -> None:
     answer = make_answer(stop=("END",))
-    answer.add(segment("xE", "interrupt"), 0, 10)
+    add(answer, "xE", "interrupt", 0, 10)
     assert answer.next_limits() == (1, 0)
-    answer.add(segment("N", "length"), 1, 1)
+    add(answer, "N", "length", 1, 1)
     assert answer.next_limits() == (1, 0) and answer.finish_reason is None
-    answer.add(segment("D", "length"), 1, 1)
+    add(answer, "D", "length", 1, 1)
     assert answer.finish_reason == "stop"
     assert answer.completion().versions.tolist() == [0, 0, 1, 1]
 
 
 def test_a_stop_text_that_was_none_goes_on_at_full_length() -> None:
     answer = make_answer(stop=("END",))
-    answer.add(segment("xE", "interrupt"), 0, 10)
-    answer.add(segment("a", "length"), 1, 1)
+    add(answer, "xE", "interrupt", 0, 10)
+    add(answer, "a", "length", 1, 1)
     assert answer.next_limits() == (7, 0) and answer.finish_reason is None
 
 
 def test_a_full_context_ends_an_answer_and_a_chunk_does_not() -> None:
     answer = make_answer()
     asked, _ = answer.next_limits(chunk=3)
-    answer.add(segment("abc", "length"), 0, asked)
+    add(answer, "abc", "length", 0, asked)
     assert answer.finish_reason is None
-    answer.add(segment("d", "length"), 0, 7)
+    add(answer, "d", "length", 0, 7)
     assert answer.finish_reason == "length" and len(answer.completion()) == 4
 
 
@@ -112,6 +116,36 @@ def test_nobody_enters_a_closed_gate_and_the_version_holds_inside() -> None:
         return seen
 
     assert asyncio.run(scenario()) == [4]
+
+
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 20))
+def test_every_token_has_the_version_that_was_live_when_it_came(sampled: list[int], rest: int) -> None:
+    flight, expected, done = InFlight(), [], 0
+    with flight.request("a", 7) as spans:
+        assert flight.rids == ["a"]
+        for i, n in enumerate(sampled):
+            expected, done = expected + n * [7 + i], done + n
+            flight.change(8 + i, {"a": done, "gone": 3})
+        expected += rest * [7 + len(sampled)]
+    assert versions_of(spans, len(expected)).tolist() == expected and not flight.rids
+    assert versions_of(spans, done // 2).tolist() == expected[: done // 2]  # what came back of one that was given up
+
+
+def test_a_server_whose_requests_are_in_one_queue_can_be_held() -> None:
+    assert can_hold({"pp_size": 1, "dp_size": 1, "speculative_algorithm": None, "tp_size": 4})
+    assert not can_hold({"pp_size": 2}) and not can_hold({"speculative_algorithm": "EAGLE"})
+
+
+def test_a_retracted_request_goes_on_as_if_its_tokens_were_its_prompt() -> None:
+    params = SimpleNamespace(min_new_tokens=5)
+    request = SimpleNamespace(
+        sampling_params=params, origin_input_ids=[1, 2, 3], output_ids=[4, 5], return_logprob=True, logprob_start_len=3
+    )
+    _go_on_from_here(None, request)
+    assert (params.min_new_tokens, request.logprob_start_len) == (3, 5)
+    request.output_ids = [4, 5, 6, 7]
+    _go_on_from_here(None, request)
+    assert (params.min_new_tokens, request.logprob_start_len) == (1, 7)
 
 
 def test_a_shared_prompt_is_prefilled_once_for_each_version() -> None:

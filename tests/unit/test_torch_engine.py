@@ -260,7 +260,7 @@ def test_a_full_cache_sends_requests_back_and_loses_none(tiny: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 6])
 def test_an_answer_that_crosses_two_updates_is_exact_under_every_version(tiny: Path, n: int) -> None:
-    asked = requests(n, SamplingParams(max_new_tokens=60, min_new_tokens=60), prompts=min(n, 2))
+    asked = requests(n, SamplingParams(max_new_tokens=120, min_new_tokens=120), prompts=min(n, 2))
     updates_at = {0: 20, 3: 35}
 
     def due(batch: Any) -> bool:
@@ -277,14 +277,30 @@ def test_an_answer_that_crosses_two_updates_is_exact_under_every_version(tiny: P
                 assert await engine.update_weights(staged(version, models[version])) > 0
             got = await asyncio.gather(*tasks)
         for request, answer in zip(asked, got, strict=True):
-            assert (np.diff(answer.versions) >= 0).all() and answer.finish_reason == "length" and len(answer) == 60
+            assert (np.diff(answer.versions) >= 0).all() and answer.finish_reason == "length" and len(answer) == 120
             for version in np.unique(answer.versions):
                 expected = hf_logprobs(models[int(version)], request.prompt_ids, answer.token_ids)
                 own = answer.versions == version
                 np.testing.assert_allclose(answer.logprobs[own], expected[own], atol=1e-4)
-        assert np.unique(got[0].versions, return_counts=True)[1].tolist() == [20, 15, 25]
+        assert np.unique(got[0].versions, return_counts=True)[1].tolist() == [20, 15, 85]
 
     run(scenario())
+
+
+def test_short_answers_that_are_about_to_end_are_not_interrupted(tiny: Path) -> None:
+    asked = requests(5, SamplingParams(max_new_tokens=40, min_new_tokens=40), prompts=1)
+
+    async def scenario(interrupted_at: int) -> list[list[int]]:
+        async with started(tiny, max_running_requests=4) as engine:
+            batch = batch_of(engine)
+            hold(engine, lambda b: bool(b.running) and b.version == 0 and b._rows.count[0] >= interrupted_at)
+            tasks = [asyncio.create_task(engine.generate(request)) for request in asked]
+            await until(lambda: bool(batch.running) and batch._rows.count[0] >= interrupted_at, "enough tokens")
+            await engine.update_weights(staged(1, perturbed(reference(tiny), 1)))
+            return [np.unique(answer.versions).tolist() for answer in await asyncio.gather(*tasks)]
+
+    assert run(scenario(10)) == 4 * [[0, 1]] + [[1]]
+    assert run(scenario(30)) == 4 * [[0]] + [[1]]
 
 
 def test_after_an_update_nothing_old_is_used(tiny: Path) -> None:
