@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 async def measure(args: argparse.Namespace, folder: Path) -> None:
     """Turns of both ways on one server."""
     from rl_lightning.engines.sglang import SGLangEngine
-    from rl_lightning.weights.publisher import make_transport
+    from rl_lightning.weights.transport_choice import make_transport
 
     ends = time.monotonic() + args.budget_s
     sizes: dict[str, Any] = {} if args.cpu else {"mem_fraction_static": 0.5}

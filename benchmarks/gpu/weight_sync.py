@@ -124,7 +124,7 @@ async def measure(
     engine: SGLangEngine, transport_name: str, weights: Weights, in_flight: int, updates: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Medians over `updates`, of which the first two are not counted."""
-    from rl_lightning.weights.publisher import make_transport
+    from rl_lightning.weights.transport_choice import make_transport
 
     transport, load = make_transport(transport_name), Load(engine, in_flight, lambda number: args.answer_tokens)
     seconds, stopped, memory = [], [], []

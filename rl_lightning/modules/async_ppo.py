@@ -123,7 +123,7 @@ class AsyncPPOModule(PolicyObjective):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Engines follow the weights."""
-        from rl_lightning.weights.publisher import WeightPublisher
+        from rl_lightning.callbacks.weight_publisher import WeightPublisher
 
         return [WeightPublisher()]
 

@@ -23,8 +23,8 @@ from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.modules.async_ppo import AsyncPPOModule
 from rl_lightning.types import Completion, GenerationRequest, Prompt, Rollout, RolloutGroup, SamplingParams
-from rl_lightning.weights.publisher import make_transport
 from rl_lightning.weights.source import NamedWeights
+from rl_lightning.weights.transport_choice import make_transport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from rl_lightning.callbacks.weight_publisher import WeightPublisher
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
-from rl_lightning.weights.publisher import WeightPublisher
 from tests.samples import acknowledge
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from training_samples import Alone, Batches, fit, make_batch, make_trainer, norm_in_float64, write_model
 
+from rl_lightning.callbacks.weight_publisher import named_weights
 from rl_lightning.models.value_model import ValueModel
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.modules.scored_batch import with_end_tokens
 from rl_lightning.types import Batch
-from rl_lightning.weights.publisher import named_weights
 
 PPO: dict[str, Any] = {"n_minibatches": 1, "disable_value": False, "discount": 0.9, "gae_lambda": 0.8}
 

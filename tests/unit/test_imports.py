@@ -15,7 +15,7 @@ LAYERS = [
     {"callbacks", "strategies"},
     {"cli"},
 ]
-"""A package imports, at its top level, only from its own layer and those above. `weights.publisher` drives the loop."""
+"""A package imports, at its top level, only from its own layer and those above."""
 
 
 def package_imports(path):

@@ -12,12 +12,12 @@ from run_samples import SavedTokenizer
 from training_samples import Alone, fit, make_batch, norm_in_float64, padded_logprobs, write_model
 
 from rl_lightning.callbacks.export import Export
+from rl_lightning.callbacks.weight_publisher import named_weights
 from rl_lightning.models.lora import LoRAConfig, merged_weights, without_lora
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.modules.sft import SFTModule
 from rl_lightning.weights.object_store import ObjectStoreTransport, read_weights
-from rl_lightning.weights.publisher import named_weights
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.transport import WeightTarget
 

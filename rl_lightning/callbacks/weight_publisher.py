@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.models.lora import merged_weights
 from rl_lightning.weights.source import GatheredWeights, NamedWeights, WeightSource
+from rl_lightning.weights.transport_choice import make_transport
 
 if TYPE_CHECKING:
     import torch
@@ -238,22 +239,3 @@ def gather_along(trainer: Trainer, pl_module: LightningModule) -> None:
     while trainer.strategy.broadcast(ENOUGH) == GATHER:
         for _ in GatheredWeights(named_weights(pl_module), pl_module.device, lambda: None):
             pass
-
-
-def make_transport(name: str) -> WeightTransport:
-    """The transport called `name`."""
-    if name == "disk":
-        from rl_lightning.weights.disk import DiskTransport
-
-        return DiskTransport()
-    if name == "object_store":
-        from rl_lightning.weights.object_store import ObjectStoreTransport
-
-        return ObjectStoreTransport()
-    if name == "tensor":
-        from rl_lightning.weights.tensor import TensorTransport
-
-        return TensorTransport()
-    from rl_lightning.weights.distributed import DistributedTransport
-
-    return DistributedTransport()
