@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
-import shutil
-import socket
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 from rl_lightning.engines.answer import Answer, Decode
@@ -20,31 +14,26 @@ from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
-from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import (
     check_server_args,
-    parallel_sizes,
+    pick_device,
+    pick_dtype,
     saver_installed,
-    server_command,
-    server_env,
     sharing_args,
+    transports_for,
 )
 from rl_lightning.engines.sglang_client import SGLangClient
-from rl_lightning.engines.sglang_hold import can_hold
+from rl_lightning.engines.sglang_pause import Pause
+from rl_lightning.engines.sglang_process import SGLangProcess
 from rl_lightning.engines.sglang_receiver import Receiver, target_of
 from rl_lightning.types import Completion, GenerationRequest, SamplingParams
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
-
-logger = logging.getLogger(__name__)
 
 QUIET_S = 5.0
 """An engine that answered anything within this time is healthy without being asked."""
 
 HEALTH_TIMEOUT_S = 120.0
 POLL_S = 0.1
-ABORT_EVERY_S = 0.05
-HOLD_EVERY_S = 0.002
-GIVE_UP_S = 5.0
 
 
 class SGLangEngine:
@@ -52,8 +41,11 @@ class SGLangEngine:
 
     A weight update interrupts generation: the server stands still with the requests inside, the prefix cache is emptied,
     the weights are replaced and proven, and the same requests go on from prompt and tokens so far.  Every token's
-    log-probability is therefore that of the weights its version names.  Servers that cannot be held (those that something
-    else started, several pipeline stages, speculative decoding) end the requests instead and are sent what is left of them.
+    log-probability is therefore that of the weights its version names.  Servers that cannot be held end the requests
+    instead and are sent what is left of them: those that `sglang_server` did not start, and those with several pipeline stages
+    (`pp_size`), data-parallel schedulers (`dp_size`) or tokenizer processes (`tokenizer_worker_num`), prefill and decoding
+    apart (`disaggregation_mode`), speculative decoding (`speculative_algorithm`) or a bound on their queue
+    (`max_queued_requests`).
 
     Log-probabilities are of the temperature-scaled distribution and not renormalised for top_p and top_k.
 
@@ -99,33 +91,24 @@ class SGLangEngine:
         if new_tokens_per_chunk is not None and new_tokens_per_chunk < 1:
             raise ValueError(f"new_tokens_per_chunk={new_tokens_per_chunk} must be at least 1, or null for no chunks")
         check_server_args(server_args or {})
-        self.tensor_size, self.pipeline_size = parallel_sizes(server_args or {})
-        local = url is None and pick_device(device) == "cpu"
-        self.transports = ("distributed", "disk", "tensor")
-        if local:
-            self.transports = ("disk", "tensor", "distributed")  # memory files are faster than gloo
-        if colocated:
-            self.transports = ("tensor", "disk")  # NCCL takes a GPU only once
-        if self.pipeline_size > 1:
-            self.transports = ("disk",)  # SGLang's pipeline stages cannot join a process group
+        self.transports = transports_for(url, device, server_args or {}, colocated=colocated)
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
         self.new_tokens_per_chunk, self.log_path, self.colocated = new_tokens_per_chunk, log_path, colocated
-        self._process: ServerProcess | None = None
-        self._folder: Path | None = None
+        self._process: SGLangProcess | None = None
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
+        self._pause: Pause | None = None
         self._receiver: Receiver | None = None
         self._target = WeightTarget()
-        self._yields = self._asleep = self._holds = False
+        self._yields = self._asleep = False
         self._flight = InFlight()
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = ""
         self._decoder: Decode | None = None
         self._context_limit = 0
         self._answered_s = 0.0
-        self._background: set[asyncio.Task[None]] = set()
 
     # -- Engine
 
@@ -139,16 +122,10 @@ class SGLangEngine:
         self._model_path, self._decoder, self._asleep = model_path, None, False
         self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()
         try:
-            if self.url is None:
-                self._client, port = self._launch(model_path)
-            else:
-                self._client, port = SGLangClient(self.url, self.api_key), None
-            try:
-                async with asyncio.timeout(self.start_timeout_s):
-                    await self._until_ready()
-            finally:
-                if port is not None:
-                    port.close()
+            self._client = self._connect(model_path)
+            self._pause = Pause(self._client, self._gate, self._flight)
+            async with asyncio.timeout(self.start_timeout_s):
+                await self._until_ready()
         except TimeoutError:
             said = f"; its log ends: {self._process.tail()}" if self._process is not None else ""
             await self.stop()
@@ -179,17 +156,17 @@ class SGLangEngine:
     async def update_weights(self, update: WeightUpdate) -> float:
         """See `Engine.update_weights`."""
         client, gate = self._parts()
-        assert self._receiver is not None
+        assert self._pause is not None and self._receiver is not None
         try:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
-                async with self._interrupted(update.version):
+                async with self._pause.interrupted(update.version, asleep=self._asleep):
                     async with self._awake():
                         sent = await load()
                     await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
-            await self._give_up()
+            await self._pause.give_up()
             if isinstance(error, TimeoutError):
                 waited = f"SGLang did not take version {update.version} within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
                 raise EngineError(f"{waited}: {error}" if str(error) else waited) from None
@@ -200,11 +177,12 @@ class SGLangEngine:
     async def yield_memory(self) -> None:
         """See `YieldsMemory`."""
         client, _ = self._parts()
+        assert self._pause is not None
         if not self._yields or self._asleep:
             return
         try:
             async with asyncio.timeout(self.sync_timeout_s):
-                await self._end_requests()
+                await self._pause.end_requests()
                 await client.flush()  # succeeds once nothing runs, which the server insists on
                 await client.release_memory()
         except TimeoutError:
@@ -225,7 +203,7 @@ class SGLangEngine:
                     await client.server_info()
                 else:
                     async with gate.inside():
-                        await self._sample_one_token()
+                        await client.sample_one()
         except TimeoutError:
             raise EngineError(f"SGLang at {client.url} gave no sign of life for {HEALTH_TIMEOUT_S:.0f} s") from None
         self._answered_s = time.monotonic()
@@ -234,45 +212,31 @@ class SGLangEngine:
         """See `Engine.stop`. A server that was attached to goes on."""
         if self._gate is not None:
             self._gate.fail("SGLang was stopped")
-        for task in self._background:
-            task.cancel()
         if self._client is not None:
             await self._client.close()
             self._client = None
         if self._process is not None:
             process, self._process = self._process, None
             await asyncio.to_thread(process.stop)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
     # -- starting
 
-    def _launch(self, model_path: str) -> tuple[SGLangClient, socket.socket]:
-        """Starts the server; the socket keeps its port from others until the server listens on it."""
-        port = socket.socket()
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-        key = self.api_key or secrets.token_urlsafe(32)
+    def _connect(self, model_path: str) -> SGLangClient:
+        """A client of the server, which is started here unless it runs already."""
+        if self.url is not None:
+            return SGLangClient(self.url, self.api_key)
         device = pick_device(self.device)
         server_args = self.server_args
         if self.colocated:
             self._yields = saver_installed()
             server_args = {**sharing_args(device, saver=self._yields), **server_args}
-        command = server_command(model_path, number, device, pick_dtype(self.dtype, device), server_args)
-        self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
-        env = server_env(device, key, self._folder, self.tensor_size * self.pipeline_size)
-        log = self._folder / "server.log" if self.log_path is None else Path(self.log_path)
-        self._process = ServerProcess(command, log, env)
-        logger.info(
-            "starting SGLang on %s, process %d, port %d, log %s", device, self._process.pid, number, self._process.log_path
-        )
-        return SGLangClient(f"http://127.0.0.1:{number}", key, self._cause_of_death), port
+        dtype = pick_dtype(self.dtype, device)
+        self._process = SGLangProcess(model_path, device, dtype, server_args, self.api_key, self.log_path)
+        return SGLangClient(self._process.url, self._process.api_key, self._cause_of_death)
 
     async def _until_ready(self) -> None:
         """Returns when a token was sampled."""
-        assert self._client is not None
+        assert self._client is not None and self._pause is not None
         while not await self._client.reachable():
             if cause := self._cause_of_death():
                 raise EngineError(f"SGLang did not start: {cause}")
@@ -281,9 +245,8 @@ class SGLangEngine:
         self._context_limit = int(info.get("max_req_input_len") or 2**31)
         self._receiver = Receiver(self._client, info["dtype"])
         self._target = target_of(info)
-        self._holds = can_hold(info) and await self._client.hold([]) is not None
-        await self._client.go_on()  # also where an engine before this one left the server standing still
-        await self._sample_one_token()
+        await self._pause.prepare(info)
+        await self._client.sample_one()
         if self.url is not None:
             await self._client.samples({"model.norm.weight": (1,)})
 
@@ -314,7 +277,7 @@ class SGLangEngine:
                 try:
                     segment = await client.generate(rid, context, answer.request.params, most, fewest)
                 except asyncio.CancelledError:
-                    self._spawn(client.abort(rid))
+                    client.abort_soon(rid)
                     raise
             self._answered_s = time.monotonic()
         answer.add(segment, versions_of(spans, len(segment.token_ids)), most)
@@ -322,51 +285,6 @@ class SGLangEngine:
     async def _prefill(self, prompt_ids: Sequence[int]) -> None:
         client, _ = self._parts()
         await client.generate(uuid.uuid4().hex, prompt_ids, SamplingParams(), 0, 0)
-
-    @asynccontextmanager
-    async def _interrupted(self, version: int) -> AsyncIterator[None]:
-        """Nothing is sampled within the block, and what the server keeps is sampled under `version` after it."""
-        client, gate = self._parts()
-        if self._holds and not self._asleep:
-            gate.close()
-            counts = await self._hold()
-            yield
-            self._flight.change(version, counts)
-            await client.go_on()
-        else:
-            await self._end_requests()
-            yield
-            await client.flush()
-
-    async def _hold(self) -> dict[str, int]:
-        """Lets the server stand still; how many tokens each request in flight has.
-
-        Asked again while one is neither in the server nor answered: it is on its way in or out.
-        """
-        client, _ = self._parts()
-        while True:
-            counts = await client.hold(self._flight.rids)
-            if counts is None:
-                raise EngineError(f"SGLang at {client.url} cannot be held any more: it was started anew by something else")
-            if counts.keys() >= set(self._flight.rids):
-                await client.refuse_requests()
-                return counts
-            await asyncio.sleep(HOLD_EVERY_S)
-
-    async def _give_up(self) -> None:
-        """Gets requests back from a server that stands still: they will hear from the gate why."""
-        if self._holds and self._client is not None:
-            with suppress(EngineError, TimeoutError):
-                async with asyncio.timeout(GIVE_UP_S):
-                    await self._client.abort()
-
-    async def _end_requests(self) -> None:
-        """Closes the gate and ends every segment inside. A request that was still on its way is caught by a later abort."""
-        client, gate = self._parts()
-        gate.close()
-        await client.abort()
-        while not await gate.empty(ABORT_EVERY_S):
-            await client.abort()
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[None]:
@@ -380,10 +298,6 @@ class SGLangEngine:
         await client.resume_memory("kv_cache", "cuda_graph")
         self._asleep = False
 
-    async def _sample_one_token(self) -> None:
-        client, _ = self._parts()
-        await client.generate(uuid.uuid4().hex, [0], SamplingParams(max_new_tokens=1), 1, 0)
-
     async def _decode_for(self, params: SamplingParams) -> Decode | None:
         if params.stop and self._decoder is None:
             from rl_lightning.prompts.tokenizer import load_tokenizer
@@ -391,30 +305,3 @@ class SGLangEngine:
             tokenizer: Any = await asyncio.to_thread(load_tokenizer, self._model_path)
             self._decoder = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
         return self._decoder
-
-    def _spawn(self, coroutine: Any) -> None:
-        """Runs what nobody waits for; a server that is dead by then has freed the request anyway."""
-
-        async def run() -> None:
-            try:
-                await coroutine
-            except EngineError as error:
-                logger.debug("a request was not freed: %s", error)
-
-        task = asyncio.create_task(run())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-def pick_device(device: str) -> str:
-    """`device`, or what this machine has."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str, device: str) -> str:
-    """`dtype`, or what suits the device."""
-    return dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"

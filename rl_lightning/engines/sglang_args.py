@@ -90,6 +90,32 @@ def _size(server_args: Mapping[str, Any], names: Sequence[str]) -> int:
     return int(next(iter(given.values()), 1))
 
 
+def pick_device(device: str) -> str:
+    """`device`, or what this machine has."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """`dtype`, or what suits the device."""
+    return dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+
+
+def transports_for(url: str | None, device: str, server_args: Mapping[str, Any], *, colocated: bool) -> tuple[str, ...]:
+    """Weight transports of a server, owned if `url` is None: those that it can receive, preferred first."""
+    _, pipeline_size = parallel_sizes(server_args)
+    if pipeline_size > 1:
+        return ("disk",)  # SGLang's pipeline stages cannot join a process group
+    if colocated:
+        return ("tensor", "disk")  # NCCL takes a GPU only once
+    if url is None and pick_device(device) == "cpu":
+        return ("disk", "tensor", "distributed")  # memory files are faster than gloo
+    return ("distributed", "disk", "tensor")
+
+
 def saver_installed() -> bool:
     """Whether SGLang can give memory back and take it again."""
     return importlib.util.find_spec("torch_memory_saver") is not None

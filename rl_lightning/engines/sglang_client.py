@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from rl_lightning.engines.sglang_hold import HOLD
 from rl_lightning.engines.sglang_probe import SAMPLES
 from rl_lightning.types import SamplingParams
 from rl_lightning.weights.fingerprint import sampled_positions
+
+logger = logging.getLogger(__name__)
 
 JSON = {"Content-Type": "application/json"}
 OK, BAD_REQUEST, NOT_FOUND = 200, 400, 404
@@ -51,6 +54,7 @@ class SGLangClient:
     def __init__(self, url: str, api_key: str | None, cause: Any = lambda: "") -> None:
         self.url = url.rstrip("/")
         self._cause = cause
+        self._aborts: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -59,6 +63,8 @@ class SGLangClient:
 
     async def close(self) -> None:
         """Ends all connections."""
+        for task in self._aborts:
+            task.cancel()
         await self._session.close()
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: Sequence[int] = (OK,)) -> Any:
@@ -115,9 +121,25 @@ class SGLangClient:
             raise ValueError(f"SGLang refuses a request of {len(input_ids)} tokens: {message_of(content)}")
         return read_segment(content["meta_info"])
 
+    async def sample_one(self) -> None:
+        """Returns when a token was sampled, whichever."""
+        await self.generate(uuid.uuid4().hex, [0], SamplingParams(max_new_tokens=1), 1, 0)
+
     async def abort(self, rid: str | None = None) -> None:
         """Ends one request, or all of them."""
         await self.call("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    def abort_soon(self, rid: str) -> None:
+        """Ends one request without being waited for."""
+        task = asyncio.create_task(self._abort_quietly(rid))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort_quietly(self, rid: str) -> None:
+        try:
+            await self.abort(rid)
+        except EngineError as error:  # a server that is dead by then has freed the request anyway
+            logger.debug("a request was not freed: %s", error)
 
     async def hold(self, rids: Sequence[str]) -> dict[str, int] | None:
         """Stops computing, with all requests kept, and empties the cache; may be called again.

@@ -190,12 +190,12 @@ def test_a_request_that_cannot_fit_is_refused(running: Running) -> None:
 
 @pytest.mark.parametrize("running", ["sglang"], indirect=True)
 def test_a_server_that_cannot_be_held_is_interrupted_by_ending_its_requests(running: Running) -> None:
-    assert isinstance(running.engine, SGLangEngine) and running.engine._holds
-    running.engine._holds = False
+    assert isinstance(running.engine, SGLangEngine) and (pause := running.engine._pause) and pause.holds
+    pause.holds = False
     try:
         assert any(cross_two_updates(running, "disk") >= 4 for _ in range(5))
     finally:
-        running.engine._holds = True
+        pause.holds = True
 
 
 @pytest.mark.parametrize("running", ["sglang"], indirect=True)

@@ -12,6 +12,7 @@ import pytest
 
 from rl_lightning.engines.engine import WeightMismatchError
 from rl_lightning.engines.sglang import SGLangEngine
+from rl_lightning.engines.sglang_args import parallel_sizes
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.source import NamedWeights
@@ -60,6 +61,7 @@ def test_every_sampled_value_of_every_rank_counts(running: Running, tmp_path: Pa
 def test_a_server_of_several_ranks_says_how_many_take_part(running: Running) -> None:
     engine = running.engine
     assert isinstance(engine, SGLangEngine)
-    assert engine.target.ranks == engine.tensor_size
-    assert engine.transports == (("disk", "tensor", "distributed") if engine.tensor_size == 2 else ("disk",))
+    tensor_size, pipeline_size = parallel_sizes(engine.server_args)
+    assert engine.target.ranks == tensor_size
+    assert engine.transports == (("disk", "tensor", "distributed") if pipeline_size == 1 else ("disk",))
     asyncio.run_coroutine_threadsafe(engine.health(), running.loop).result(60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +23,13 @@ from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang import SGLangEngine
-from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env, sharing_args
+from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env, sharing_args, transports_for
 from rl_lightning.engines.sglang_client import SGLangClient, Shown, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
 from rl_lightning.engines.sglang_hold import _go_on_from_here, can_hold
+from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
+from rl_lightning.engines.sglang_process import SGLangProcess
 from rl_lightning.engines.sglang_receiver import as_held
 from rl_lightning.engines.sglang_server import wants_cpu
 from rl_lightning.types import GenerationRequest, SamplingParams
@@ -134,6 +138,68 @@ def test_every_token_has_the_version_that_was_live_when_it_came(sampled: list[in
 def test_a_server_whose_requests_are_in_one_queue_can_be_held() -> None:
     assert can_hold({"pp_size": 1, "dp_size": 1, "speculative_algorithm": None, "tp_size": 4})
     assert not can_hold({"pp_size": 2}) and not can_hold({"speculative_algorithm": "EAGLE"})
+
+
+class HeldClient(SGLangClient):
+    """A server that can be held: notes what it is asked, and answers `hold` by what it was given, one after the other."""
+
+    def __init__(self, *counts: dict[str, int] | None) -> None:
+        self.url, self.asked, self._counts = "http://held", list[str](), iter(counts)
+
+    async def hold(self, rids: Sequence[str]) -> dict[str, int] | None:
+        self.asked.append("hold")
+        return next(self._counts)
+
+    async def call(self, method: str, path: str, body: object = None, accept: Sequence[int] = ()) -> tuple[int, None]:
+        self.asked.append(path)
+        return 200, None
+
+
+def test_a_held_server_goes_on_with_its_requests_once_all_of_them_are_counted() -> None:
+    async def scenario() -> list[tuple[int, int]]:
+        client, gate, flight = HeldClient({}, {}, {"a": 5}), GenerationGate(), InFlight()
+        pause = Pause(client, gate, flight)
+        await pause.prepare({})
+        gate.open(3)
+        with flight.request("a", 3) as spans:
+            async with pause.interrupted(4, asleep=False):
+                assert not gate.is_open and client.asked[2:] == ["hold", "hold", "/pause_generation"]
+        assert client.asked[:2] == ["hold", "/continue_generation"] and client.asked[5:] == ["/continue_generation"]
+        return spans
+
+    assert asyncio.run(scenario()) == [(0, 3), (5, 4)]
+
+
+@pytest.mark.parametrize(("holds", "asleep"), [(False, False), (True, True)])
+def test_a_server_that_is_not_held_is_rid_of_its_requests(holds: bool, asleep: bool) -> None:
+    async def scenario() -> None:
+        client, gate = HeldClient({}), GenerationGate()
+        pause = Pause(client, gate, InFlight())
+        pause.holds = holds
+        gate.open(3)
+        async with pause.interrupted(4, asleep=asleep):
+            assert not gate.is_open
+        assert client.asked == ["/abort_request", "/flush_cache"]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
+    async def scenario() -> None:
+        pause = Pause(HeldClient({}, None), GenerationGate(), InFlight())
+        await pause.prepare({})
+        async with pause.interrupted(1, asleep=False):
+            pass
+
+    with pytest.raises(EngineError, match="http://held cannot be held any more"):
+        asyncio.run(scenario())
+
+
+def test_a_server_that_cannot_be_started_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        SGLangProcess("m", "cpu", "float32", {}, log_path=str(tmp_path / "missing" / "log"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_retracted_request_goes_on_as_if_its_tokens_were_its_prompt() -> None:
@@ -283,6 +349,22 @@ def test_parts_of_an_earlier_question_do_not_count() -> None:
 )
 def test_parallel_sizes_by_any_of_their_names(args: dict[str, object], sizes: tuple[int, int]) -> None:
     assert parallel_sizes(args) == sizes
+
+
+@pytest.mark.parametrize(
+    ("url", "device", "args", "colocated", "transports"),
+    [
+        (None, "cuda", {}, False, ("distributed", "disk", "tensor")),
+        ("http://x", "cpu", {}, False, ("distributed", "disk", "tensor")),
+        (None, "cpu", {"tp": 2}, False, ("disk", "tensor", "distributed")),
+        (None, "cpu", {}, True, ("tensor", "disk")),
+        (None, "cuda", {"pp_size": 2}, True, ("disk",)),
+    ],
+)
+def test_transports_of_every_kind_of_server(
+    url: str | None, device: str, args: dict[str, object], colocated: bool, transports: tuple[str, ...]
+) -> None:
+    assert transports_for(url, device, args, colocated=colocated) == transports
 
 
 @pytest.mark.parametrize("args", [{"tp": 2, "tp_size": 2}, {"pp_size": 0}, {"tp_size": "two"}])
