@@ -21,16 +21,22 @@ from rl_lightning.prompts.sft_datamodule import SFTDataModule
 from rl_lightning.types import Batch
 
 TASK = "basic_arithmetic"
-PLAIN = {"operators": ["+", "-"], "allow_parentheses": False, "allow_negation": False, "whitespace": "no_space"}
+TASK_OPTIONS = {
+    "operators": ["+"],
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 2,
+    "max_digits": 2,
+    "allow_parentheses": False,
+    "allow_negation": False,
+    "whitespace": "no_space",
+}
+"""`Calculate 37+48.`: imitation suddenly begins to understand it, and is stopped then. With differences and one digit among them
+understanding comes so slowly that reinforcement learning adds little in minutes."""
 
 TEMPLATE = "{question} "
 VALIDATE_EVERY = 20
 SEEDS = {"train": 11, "val": 12}
-
-
-def task_options(*, cpu: bool) -> dict[str, Any]:
-    """`Calculate 32-15.`: sum or difference of two numbers, of one or two digits; on a CPU of one."""
-    return {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1 if cpu else 2, **PLAIN}
 
 
 class Imitator(SFTModule):
@@ -74,18 +80,18 @@ class StopWhenRight(pl.Callback):
 
 
 def write_model(folder: Path, *, cpu: bool) -> Path:
-    """A random Qwen3 of 18 M parameters with 64 values a head, as FA3 wants it; on a CPU of 0.8 M."""
-    size: dict[str, Any] = {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 2, "intermediate": 1536}
+    """A random Qwen3 of 3 M parameters with 64 values a head, as FA3 wants it; on a CPU of 0.6 M."""
+    size: dict[str, Any] = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 768}
     if cpu:
-        size = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 256}
+        size |= {"hidden": 128, "intermediate": 256}
     return write_tiny_model(folder, characters=CHARACTERS + "C", max_positions=256, **size)
 
 
-def write_examples(folder: Path, n: int, options: dict[str, Any]) -> tuple[str, str]:
+def write_examples(folder: Path, n: int) -> tuple[str, str]:
     """Questions with right answers, `n` to imitate and 512 others; where they are."""
     folder.mkdir()
     for name, size in (("train", n), ("val", 512)):
-        dataset = gym_dataset(TASK, SEEDS[name], size, options)
+        dataset = gym_dataset(TASK, SEEDS[name], size, TASK_OPTIONS)
         entries = (dataset[i] for i in range(size))
         lines = [json.dumps({"prompt": TEMPLATE.format(question=e["question"]), "answer": e["answer"]}) for e in entries]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -95,7 +101,7 @@ def write_examples(folder: Path, n: int, options: dict[str, Any]) -> tuple[str, 
 def imitate(model: Path, out: Path, *, target: float, seconds: float, cpu: bool) -> dict[str, Any]:
     """Trains `model` and writes the imitator to `out`; its curve."""
     examples, batch_size = (20_000, 128) if cpu else (200_000, 512)
-    train, val = write_examples(out.parent / "examples", examples, task_options(cpu=cpu))
+    train, val = write_examples(out.parent / "examples", examples)
     module = Imitator(str(model), optimizer=OptimizerConfig(lr=2e-3 if cpu else 1e-3), compile=False)
     data = SFTDataModule(train, str(model), val, batch_size)
     stop = StopWhenRight(target, seconds)

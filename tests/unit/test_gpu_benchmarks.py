@@ -115,8 +115,7 @@ def test_the_curves_table_tells_when_shares_were_reached() -> None:
 
 def test_the_imitators_accuracy_is_the_probability_of_whole_right_answers(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", cpu=True)
-    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"]}
-    _, path = write_examples(tmp_path / "examples", 4, options)
+    _, path = write_examples(tmp_path / "examples", 4)
     examples = SupervisedJsonl(path)
     examples.setup(load_tokenizer(str(model)))
     module, logged = Imitator(str(model)), dict[str, float]()
