@@ -76,9 +76,9 @@ def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[Rollou
 
     refs = [ref for (ref,) in share.contents]
     arrived, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
-    with contextlib.suppress(ray.exceptions.ObjectLostError):
+    with contextlib.suppress(ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
         if len(arrived) == len(refs):
-            return ray.get(refs), []
+            return ray.get(refs, timeout=timeout_s), []
     groups, lost, is_here = [], [], set(arrived)
     for place, ref in enumerate(refs):
         try:
