@@ -59,10 +59,11 @@ class Spans(NamedTuple):
         followers = list(parents[n_groups:n_shared])
         assert list(answers) == list(range(n_groups)) and followers == sorted(followers), "prompts, their answers, the rest"
         prompts, totals = list(lengths[:n_groups]), list(answers.values())
-        starts, *others = (_starts(sizes, len(lengths)) for sizes in (lengths, prompts, totals))
-        numbers = (max(lengths), max(prompts, default=0), max(totals, default=0), n_groups, sum(prompts), sum(totals))
-        on_device = [to_device(x, device) for x in (starts, *others)]
-        return cls(*on_device, *map(torch.tensor, numbers), starts.long())
+        starts, prompt_starts, answer_starts = (_starts(sizes, len(lengths)) for sizes in (lengths, prompts, totals))
+        longest = (torch.tensor(max(sizes, default=0)) for sizes in (lengths, prompts, totals))
+        counts = (torch.tensor(count) for count in (n_groups, sum(prompts), sum(totals)))
+        tensors = [*(to_device(x, device) for x in (starts, prompt_starts, answer_starts)), *longest, *counts, starts.long()]
+        return cls(*tensors)
 
 
 def _starts(sizes: Sequence[int], n: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""dense_backward: gradients of causal attention over long segments by cuDNN, which takes segments of one length only.
+"""dense_backward: gradients of causal attention over one long segment by cuDNN.
 
-On an H100 it is 1.6 to 1.8 times as fast as FlashAttention 2's backward pass from 2,048 tokens on (docs/gpu_benchmarks.md), for
-what any kernel's forward pass left behind. Each length needs a plan, which takes 0.05 s once: lengths are rounded up, and as
-many segments of one length as a power of two go together.
+On an H100 it is 1.6 to 1.8 times as fast as FlashAttention 2's backward pass from 4,096 tokens on (docs/gpu_benchmarks.md), for
+what any kernel's forward pass left behind. cuDNN makes a plan for each length, which takes 0.05 s once: lengths are rounded up.
 """
 
 from __future__ import annotations
@@ -19,18 +18,14 @@ aten = torch.ops.aten
 STEP = 256
 """Lengths are rounded up to multiples of this."""
 
-LEAST = 2048
-"""Shorter ones, rounded up, are not worth a call of their own."""
+LEAST = 4096
+"""Shorter ones keep a GPU busier together, in one call of FlashAttention 2."""
 
-MOST_TOGETHER = 8
 MOST_HEAD_DIM = 128
 OLDEST_CUDNN = 90100
 
 BEYOND = 1e30
 """Log of the partition sum of rows behind a segment's end: all of their attention is zero, whatever stands there."""
-
-Segment = tuple[int, int]
-"""First row and number of rows."""
 
 
 def has_dense_backward(query: Tensor) -> bool:
@@ -49,51 +44,31 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9 and (version or 0) >= OLDEST_CUDNN
 
 
-def cut_segments(bounds: Sequence[int]) -> tuple[list[tuple[int, Sequence[Segment]]], list[tuple[int, int]]]:
-    """Long segments by rounded length, in calls of `dense_backward`; and runs of short ones between them.
+def cut_segments(bounds: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Which segments are long, and the runs of short ones between them.
 
     Args:
         bounds: (K + 1) rows where K segments start, and their end.
 
     Returns:
-        [(rounded length, segments)] and [(first segment, segment behind the last)].
+        Indices of segments, and (first, behind the last) of them.
     """
-    by_length: dict[int, list[Segment]] = {}
+    long: list[int] = []
     short: list[tuple[int, int]] = []
     for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        length = -(-(end - start) // STEP) * STEP
-        if length >= LEAST:
-            by_length.setdefault(length, []).append((start, end - start))
+        if end - start >= LEAST:
+            long.append(i)
         elif short and short[-1][1] == i:
             short[-1] = short[-1][0], i + 1
         else:
             short.append((i, i + 1))
-    return [(length, part) for length, segments in by_length.items() for part in _powers_of_two(segments)], short
-
-
-def _powers_of_two(segments: Sequence[Segment]) -> list[Sequence[Segment]]:
-    parts: list[Sequence[Segment]] = []
-    size = MOST_TOGETHER
-    while segments:
-        while size > len(segments):
-            size //= 2
-        parts.append(segments[:size])
-        segments = segments[size:]
-    return parts
+    return long, short
 
 
 def dense_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    sums: Tensor,
-    segments: Sequence[Segment],
-    length: int,
-    scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, rows: slice, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows of `segments`.
+    """Gradients of one segment.
 
     Args:
         grad: (N, heads, head_dim), of `output`.
@@ -102,27 +77,27 @@ def dense_backward(
         value: (N, kv_heads, head_dim).
         output: (N, heads, head_dim).
         sums: (heads, N) float32, logs of the partition sums.
-        segments: B of them.
-        length: rows of each in the result, no fewer than of the longest.
+        rows: n of the N, those of the segment.
         scale: factor on the scores.
 
     Returns:
-        (B, length, heads, head_dim) of query, (B, length, kv_heads, head_dim) of key and of value.
+        (n, heads, head_dim) of query, (n, kv_heads, head_dim) of key and of value.
     """
-    normalizers = sums.new_full((len(segments), sums.shape[0], length, 1), BEYOND)
-    for own, (start, n) in zip(normalizers, segments, strict=True):
-        own[:, :n, 0] = sums[:, start : start + n]
-    tensors = (_batch(x, segments, length).transpose(1, 2) for x in (grad, query, key, value, output))
+    n = rows.stop - rows.start
+    length = -(-n // STEP) * STEP
+    normalizers = sums.new_full((1, sums.shape[0], length, 1), BEYOND)
+    normalizers[0, :, :n, 0] = sums[:, rows]
+    tensors = (_from(rows.start, length, x) for x in (grad, query, key, value, output))
     no_dropout, no_bias = torch.zeros((), dtype=torch.int64, device=query.device), None
     found = aten._scaled_dot_product_cudnn_attention_backward(
         *tensors, normalizers, no_dropout, no_dropout, no_bias, None, None, length, length, 0.0, True, scale=scale
     )
-    d_query, d_key, d_value = (x.transpose(1, 2) for x in found)
+    d_query, d_key, d_value = (x[0, :, :n].transpose(0, 1) for x in found)
     return d_query, d_key, d_value
 
 
-def _batch(x: Tensor, segments: Sequence[Segment], length: int) -> Tensor:
-    """(B, length, heads, head_dim): `length` rows of `x` from the start of each segment on, whoever they belong to."""
-    rows = [x[start : start + length] for start, _ in segments]
-    rows = [F.pad(own, (0, 0, 0, 0, 0, length - len(own))) if len(own) < length else own for own in rows]
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+def _from(start: int, length: int, x: Tensor) -> Tensor:
+    """(1, heads, length, head_dim): rows of `x`, whoever they belong to, and zeros where there are no more."""
+    rows = x[start : start + length]
+    rows = F.pad(rows, (0, 0, 0, 0, 0, length - len(rows))) if len(rows) < length else rows
+    return rows.transpose(0, 1).unsqueeze(0)

@@ -221,10 +221,10 @@ def _backward_by_length(saved: Saved, spans: Spans, scale: float) -> tuple[Tenso
     if not long:
         return _backward(*saved, _within_segments(spans, scale, -1))
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for length, segments in long:
-        for whole, parts in zip(grads, dense_backward(*saved, segments, length, scale), strict=True):
-            for (start, n), part in zip(segments, parts, strict=True):
-                whole[start : start + n] = part[:n]
+    for segment in long:
+        rows = slice(bounds[segment], bounds[segment + 1])
+        for whole, part in zip(grads, dense_backward(*saved, rows, scale), strict=True):
+            whole[rows] = part
     for first, last in short:
         rows, starts = slice(bounds[first], bounds[last]), spans.starts[first : last + 1] - bounds[first]
         longest = max(b - a for a, b in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True))
