@@ -282,6 +282,14 @@ def test_every_sampling_parameter_is_sent() -> None:
     assert sampling_params(SamplingParams(greedy=True), 9, 0)["temperature"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_a_server_that_can_let_go_of_its_memory_gets_no_expandable_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
+    assert name not in server_env("cuda", "key", Path("/tmp/x"))
+    env = server_env("cuda", "key", Path("/tmp/x"), saver=True)
+    assert env[name] == "max_split_size_mb:128,expandable_segments:False"
+
+
 def test_an_aborted_request_that_never_ran_is_an_empty_segment() -> None:
     for entries in ({}, {"output_token_logprobs": []}):
         segment = read_segment({"finish_reason": {"type": "abort"}, **entries})
