@@ -23,6 +23,7 @@ from rl_lightning.engines.sglang_args import (
     transports_for,
 )
 from rl_lightning.engines.sglang_client import SGLangClient
+from rl_lightning.engines.sglang_hold import can_hold
 from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.engines.sglang_process import SGLangProcess
 from rl_lightning.engines.sglang_receiver import Receiver, target_of
@@ -41,11 +42,11 @@ class SGLangEngine:
 
     A weight update interrupts generation: the server stands still with the requests inside, the prefix cache is emptied,
     the weights are replaced and proven, and the same requests go on from prompt and tokens so far.  Every token's
-    log-probability is therefore that of the weights its version names.  Servers that cannot be held end the requests
-    instead and are sent what is left of them: those that `sglang_server` did not start, and those with several pipeline stages
-    (`pp_size`), data-parallel schedulers (`dp_size`) or tokenizer processes (`tokenizer_worker_num`), prefill and decoding
-    apart (`disaggregation_mode`), speculative decoding (`speculative_algorithm`) or a bound on their queue
-    (`max_queued_requests`).
+    log-probability is therefore that of the weights its version names, unless `keep_cache` spares that computation.
+    Servers that cannot be held end the requests instead and are sent what is left of them: those that `sglang_server` did
+    not start, and those with several pipeline stages (`pp_size`), data-parallel schedulers (`dp_size`) or tokenizer
+    processes (`tokenizer_worker_num`), prefill and decoding apart (`disaggregation_mode`), speculative decoding
+    (`speculative_algorithm`) or a bound on their queue (`max_queued_requests`).
 
     Log-probabilities are of the temperature-scaled distribution and not renormalised for top_p and top_k.
 
@@ -66,6 +67,12 @@ class SGLangEngine:
         colocated: share the GPU with a trainer: weights come through its memory, the server takes a smaller part of it
             (`mem_fraction_static`) and, where the package torch_memory_saver is installed, lets go of it while a
             synchronous trainer works.
+        keep_cache: answers under way go on with the keys and values they have, as in PipelineRL
+            ([2509.19128](https://arxiv.org/abs/2509.19128)), instead of having them computed again as in AReaL: updates
+            cost no more than their pause. An answer's later tokens then come from a mixture of weights, new ones over keys
+            and values of older ones; versions name the weights that computed the token itself, log-probabilities are those
+            that sampled, and `engine_logprob_diff` grows by the difference. Answers that have not begun meet nothing of
+            older weights. For servers that can be held; one that lets go of its memory keeps nothing.
     """
 
     transports: tuple[str, ...]
@@ -83,6 +90,7 @@ class SGLangEngine:
         new_tokens_per_chunk: int | None = None,
         log_path: str | None = None,
         colocated: bool = False,
+        keep_cache: bool = False,
     ) -> None:
         if url is not None and colocated:
             raise ValueError("SGLangEngine got both url and colocated: only a server of its own can make room for a trainer")
@@ -91,11 +99,16 @@ class SGLangEngine:
         if new_tokens_per_chunk is not None and new_tokens_per_chunk < 1:
             raise ValueError(f"new_tokens_per_chunk={new_tokens_per_chunk} must be at least 1, or null for no chunks")
         check_server_args(server_args or {})
+        if keep_cache and (clash := [name for name, value in (server_args or {}).items() if not can_hold({name: value})]):
+            raise ValueError(
+                f"SGLangEngine got both keep_cache and server_args.{clash[0]}: such a server cannot be held; drop one"
+            )
         self.transports = transports_for(url, device, server_args or {}, colocated=colocated)
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
         self.new_tokens_per_chunk, self.log_path, self.colocated = new_tokens_per_chunk, log_path, colocated
+        self.keep_cache = keep_cache
         self._process: SGLangProcess | None = None
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
@@ -105,7 +118,7 @@ class SGLangEngine:
         self._yields = self._asleep = False
         self._flight = InFlight()
         self._prefixes = PrefixSharing(self._prefill)
-        self._model_path = ""
+        self._model_path = self._cache = ""
         self._decoder: Decode | None = None
         self._context_limit = 0
         self._answered_s = 0.0
@@ -120,6 +133,7 @@ class SGLangEngine:
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
         self._model_path, self._decoder, self._asleep = model_path, None, False
+        self._cache = uuid.uuid4().hex  # a server may outlive its engine, and versions begin again
         self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()
         try:
             self._client = self._connect(model_path)
@@ -160,7 +174,8 @@ class SGLangEngine:
         try:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
-                async with self._pause.interrupted(update.version, asleep=self._asleep):
+                cache = self._cache_of(update.version)
+                async with self._pause.interrupted(update.version, asleep=self._asleep, cache=cache):
                     async with self._awake():
                         sent = await load()
                     await self._receiver.prove(update.version, sent)
@@ -246,6 +261,8 @@ class SGLangEngine:
         self._receiver = Receiver(self._client, info["dtype"])
         self._target = target_of(info)
         await self._pause.prepare(info)
+        if self.keep_cache and not self._pause.holds:
+            raise EngineError(f"SGLang at {self._client.url} cannot be held: set keep_cache to false")
         await self._client.sample_one()
         if self.url is not None:
             await self._client.samples({"model.norm.weight": (1,)})
@@ -269,13 +286,13 @@ class SGLangEngine:
                 answer.cut_short()
                 return
             await self._prefixes.cached(answer.request.prompt_ids, version)
-            if not gate.is_open:
-                return  # nothing may be sent now
+            if not gate.is_open or gate.version != version:
+                return  # nothing may be sent now, or under another version
             most, fewest = answer.next_limits(self.new_tokens_per_chunk)
             rid = f"{answer.request.request_id}-{uuid.uuid4().hex}"
             with self._flight.request(rid, version) as spans:
                 try:
-                    segment = await client.generate(rid, context, answer.request.params, most, fewest)
+                    segment = await client.generate(rid, context, answer.request.params, most, fewest, self._cache_of(version))
                 except asyncio.CancelledError:
                     client.abort_soon(rid)
                     raise
@@ -283,8 +300,12 @@ class SGLangEngine:
         answer.add(segment, versions_of(spans, len(segment.token_ids)), most)
 
     async def _prefill(self, prompt_ids: Sequence[int]) -> None:
-        client, _ = self._parts()
-        await client.generate(uuid.uuid4().hex, prompt_ids, SamplingParams(), 0, 0)
+        client, gate = self._parts()
+        await client.generate(uuid.uuid4().hex, prompt_ids, SamplingParams(), 0, 0, self._cache_of(gate.version))
+
+    def _cache_of(self, version: int) -> str | None:
+        """Name of what answers that begin under `version` share; None: all share one cache, which updates empty."""
+        return f"{self._cache}.{version}" if self.keep_cache else None
 
     @asynccontextmanager
     async def _awake(self) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,9 @@ PIPELINE_SIZE = ("pp_size", "pipeline_parallel_size", "pp")
 
 SHARED_FRACTION, SHARED_FRACTION_KEPT = 0.4, 0.2
 """Part of the GPU for weights and KV cache of a server beside a trainer: where it can let go of it, and where it cannot."""
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Environment variables with settings of PyTorch's allocator."""
 
 OWNED = ("model_path", "port", "host", "api_key", "admin_api_key", "device", "dtype")
 """Arguments that SGLangEngine has settings for, or must choose itself."""
@@ -135,8 +139,16 @@ def sharing_args(device: str, *, saver: bool) -> dict[str, Any]:
     return {"mem_fraction_static": SHARED_FRACTION_KEPT}
 
 
-def server_env(device: str, api_key: str, folder: Path, n_ranks: int = 1) -> dict[str, str]:
-    """Changes to the environment that a server needs. What it leaves behind goes into `folder`, save for compiled kernels."""
+def server_env(device: str, api_key: str, folder: Path, n_ranks: int = 1, *, saver: bool = False) -> dict[str, str]:
+    """Changes to the environment that a server needs.
+
+    Args:
+        device: `cuda` or `cpu`.
+        api_key: see `SGLangProcess`.
+        folder: for what it leaves behind, save for compiled kernels.
+        n_ranks: processes that compute.
+        saver: it shall be able to let go of its memory, which torch_memory_saver refuses beside expandable segments.
+    """
     env = {
         API_KEY: api_key,
         "TOKENIZERS_PARALLELISM": "false",
@@ -146,6 +158,9 @@ def server_env(device: str, api_key: str, folder: Path, n_ranks: int = 1) -> dic
     }
     if len(str(folder)) <= SOCKET_FOLDER:
         env["TMPDIR"] = str(folder)
+    if saver:
+        chosen = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+        env |= {name: re.sub(r"(expandable_segments\s*:)\s*\w+", r"\1False", value) for name, value in chosen.items()}
     return env | (_cpu_env(n_ranks) if device == "cpu" else {})
 
 

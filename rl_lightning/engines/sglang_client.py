@@ -103,9 +103,15 @@ class SGLangClient:
     # -- generation
 
     async def generate(
-        self, rid: str, input_ids: Sequence[int] | np.ndarray, params: SamplingParams, most: int, fewest: int
+        self,
+        rid: str,
+        input_ids: Sequence[int] | np.ndarray,
+        params: SamplingParams,
+        most: int,
+        fewest: int,
+        cache: str | None = None,
     ) -> Segment:
-        """One segment of at most `most` and at least `fewest` tokens.
+        """One segment of at most `most` and at least `fewest` tokens, with prefixes from requests to the same `cache` only.
 
         Raises:
             ValueError: the server refuses the request itself, as too long for instance.
@@ -115,6 +121,7 @@ class SGLangClient:
             "input_ids": input_ids,
             "sampling_params": sampling_params(params, most, fewest),
             "return_logprob": True,
+            **({} if cache is None else {"extra_key": cache}),
         }
         status, content = await self.call("POST", "/generate", body, accept=(OK, BAD_REQUEST))
         if status == BAD_REQUEST:
@@ -141,8 +148,10 @@ class SGLangClient:
         except EngineError as error:  # a server that is dead by then has freed the request anyway
             logger.debug("a request was not freed: %s", error)
 
-    async def hold(self, rids: Sequence[str]) -> dict[str, int] | None:
-        """Stops computing, with all requests kept, and empties the cache; may be called again.
+    async def hold(self, rids: Sequence[str], cache: str | None = None) -> dict[str, int] | None:
+        """Stops computing, with all requests kept; may be called again.
+
+        Empties the cache, or, with the name of another `cache`, leaves requests that run what they have of it.
 
         Returns:
             How many tokens each of `rids` has, without those that the server has answered or not got yet; None if this
@@ -151,7 +160,7 @@ class SGLangClient:
         Raises:
             EngineError: it cannot empty its cache.
         """
-        body = {"name": f"{HOLD} {json.dumps(rids)}"}
+        body = {"name": f"{HOLD} {json.dumps({'rids': list(rids), 'cache': cache})}"}
         status, content = await self.call("POST", "/get_weights_by_name", body, accept=(OK, BAD_REQUEST))
         if status == BAD_REQUEST:
             return None
@@ -160,9 +169,13 @@ class SGLangClient:
             raise EngineError(f"SGLang at {self.url} stopped, but something still uses its cache")
         return {rid: int(count) for rid, count in zip(rids, counts, strict=True) if count >= 0}
 
-    async def refuse_requests(self) -> None:
-        """Keeps new requests at the door of a server that is held, without which it takes no weights."""
-        await self.call("POST", "/pause_generation", {"mode": "retract"})
+    async def refuse_requests(self, *, keep: bool = False) -> None:
+        """Keeps new requests at the door of a server that is held, without which it takes no weights.
+
+        Args:
+            keep: what runs stays as it is, else it goes back to the queue and is computed again.
+        """
+        await self.call("POST", "/pause_generation", {"mode": "in_place" if keep else "retract"})
 
     async def go_on(self) -> None:
         """Ends what `hold` and `refuse_requests` began; nothing happens where they did not."""

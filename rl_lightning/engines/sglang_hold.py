@@ -1,10 +1,11 @@
 """Lets an SGLang server stand still with all its requests inside, and tell how many tokens each of them has.
 
-SGLang's own `retract` sends running requests back to the queue, from where they are computed again, but it does not tell
-which tokens came before, and its cache can be emptied meanwhile in later versions only.  Inside servers that were started by
-`sglang_server`, a request for weights whose name begins with `HOLD` is answered here instead.  Three more things make what
-follows exact and cheap: `min_new_tokens` counts from the answer's beginning, the output layer is not computed for tokens that
-have their log-probabilities already, and a prompt of several requests is computed once.  Added through SGLang's plugin hooks.
+SGLang's own `retract` sends running requests back to the queue, from where they are computed again, and its `in_place` leaves
+them as they are, but neither tells which tokens came before; and the cache can be emptied meanwhile in later versions only.
+Inside servers that were started by `sglang_server`, a request for weights whose name begins with `HOLD` is answered here
+instead.  Three more things make what follows exact and cheap: `min_new_tokens` counts from the answer's beginning, the output
+layer is not computed for tokens that have their log-probabilities already, and a prompt of several requests is computed once.
+Added through SGLang's plugin hooks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HOLD = "rl_lightning.hold"
-"""Written before the question: JSON of a list of request ids."""
+"""Written before the question: JSON with `rids`, a list of request ids, and `cache`, null or the name of the next cache."""
 
 ANSWERS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.get_weights_by_name"
 RETRACTS = "sglang.srt.managers.schedule_batch.Req.reset_for_retract"
@@ -38,8 +39,9 @@ LEAST, LEADERS, WAITED = "_rl_lightning_least", "_rl_lightning_leaders", "_rl_li
 
 
 def can_hold(info: Mapping[str, Any]) -> bool:
-    """Whether a server with these settings (`/server_info`) can be held, if it has the hooks."""
-    return all(info.get(name, value) == value for name, value in PLAIN.items())
+    """Whether a server with these settings (`/server_info`, or arguments) can be held, if it has the hooks."""
+    given = {name.replace("-", "_"): value for name, value in info.items() if value is not None}
+    return all(given.get(name, value) == value for name, value in PLAIN.items())
 
 
 def register_hold() -> None:
@@ -52,16 +54,18 @@ def register_hold() -> None:
 
 
 def _answer(original: Any, updater: Any, question: Any) -> Any:
-    """1 if the cache is empty now, else 0; then for each request how many tokens it has, or -1 if it is not here."""
-    marker, _, rids = question.name.partition(" ")
+    """1 if no request will meet old keys that are not its own, else 0; then how many tokens each has, -1 if it is not here."""
+    marker, _, asked = question.name.partition(" ")
     if marker != HOLD:
         return original(updater, question)
     from sglang.srt.managers.io_struct import GetWeightsByNameReqOutput, PauseGenerationReqInput
 
-    updater.scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
-    emptied = empty_cache(updater.scheduler)
-    counts = {req.rid: len(req.output_ids) for req in updater.scheduler.waiting_queue}
-    return GetWeightsByNameReqOutput(parameter=[float(emptied), *(float(counts.get(rid, -1)) for rid in json.loads(rids))])
+    scheduler, asked = updater.scheduler, json.loads(asked)
+    cache = asked["cache"]
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract" if cache is None else "in_place"))
+    parted = empty_cache(scheduler) if cache is None else leave_cache(scheduler, cache)
+    counts = count_tokens(scheduler)
+    return GetWeightsByNameReqOutput(parameter=[float(parted), *(float(counts.get(rid, -1)) for rid in asked["rids"])])
 
 
 def empty_cache(scheduler: Any) -> bool:
@@ -71,6 +75,28 @@ def empty_cache(scheduler: Any) -> bool:
         return bool(scheduler.flush_cache(empty_cache=False))
     finally:
         scheduler.waiting_queue = waiting
+
+
+def leave_cache(scheduler: Any, name: str) -> bool:
+    """Requests that run keep their keys and values; those that wait will neither find nor leave any but in cache `name`."""
+    import torch
+
+    torch.get_device_module().synchronize()  # a batch may still be computed, with weights that are about to be replaced
+    for req in scheduler.waiting_queue:
+        req.extra_key = name
+    return True
+
+
+def count_tokens(scheduler: Any) -> dict[str, int]:
+    """Tokens of every request of a paused scheduler by its id, those included that are sampled but not yet handed out."""
+    held = [*scheduler.waiting_queue, *([scheduler.chunked_req] if scheduler.chunked_req else [])]
+    for batch in (scheduler.running_batch, scheduler.last_batch):
+        held += batch.reqs if batch else []
+    counts = {req.rid: len(req.output_ids) for req in held}
+    for batch, _ in getattr(scheduler, "result_queue", ()):  # of the overlapping loop alone
+        sampling = [r for r in batch.reqs if not (r.finished() or r.is_retracted or r.inflight_middle_chunks > 0)]
+        counts |= {req.rid: len(req.output_ids) + 1 for req in sampling}
+    return counts
 
 
 def _go_on_from_here(result: None, req: Any) -> None:

@@ -44,16 +44,18 @@ class Pause:
         await self._client.go_on()  # also where an engine before this one left the server standing still
 
     @asynccontextmanager
-    async def interrupted(self, version: int, *, asleep: bool) -> AsyncIterator[None]:
+    async def interrupted(self, version: int, *, asleep: bool, cache: str | None = None) -> AsyncIterator[None]:
         """Nothing is sampled within the block, and what the server keeps is sampled under `version` after it.
 
         Args:
             version: of the weights that the block brings.
             asleep: the server has let go of its memory, and of its requests before that.
+            cache: name of the cache for requests that do not run yet; those that run keep their keys and values. None: the
+                cache is emptied, and they are computed again.
         """
         if self.holds and not asleep:
             self._gate.close()
-            counts = await self._hold()
+            counts = await self._hold(cache)
             yield
             self._flight.change(version, counts)
             await self._client.go_on()
@@ -74,19 +76,20 @@ class Pause:
         if self.holds:
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(GIVE_UP_S):
+                    await self._client.refuse_requests()  # those that run would end with their next token only
                     await self._client.abort()
 
-    async def _hold(self) -> dict[str, int]:
+    async def _hold(self, cache: str | None) -> dict[str, int]:
         """Lets the server stand still; how many tokens each request in flight has.
 
         Asked again while one is neither in the server nor answered: it is on its way in or out.
         """
         while True:
-            counts = await self._client.hold(self._flight.rids)
+            counts = await self._client.hold(self._flight.rids, cache)
             if counts is None:
                 url = self._client.url
                 raise EngineError(f"SGLang at {url} cannot be held any more: it was started anew by something else")
             if counts.keys() >= set(self._flight.rids):
-                await self._client.refuse_requests()
+                await self._client.refuse_requests(keep=cache is not None)
                 return counts
             await asyncio.sleep(HOLD_EVERY_S)

@@ -53,7 +53,8 @@ class SGLangProcess(ServerProcess):
             number = self._port.getsockname()[1]
             self.url, self.api_key = f"http://{HOST}:{number}", api_key or secrets.token_urlsafe(32)
             command = server_command(model_path, number, device, dtype, server_args)
-            env = server_env(device, self.api_key, self._folder, math.prod(parallel_sizes(server_args)))
+            saver = any(value for name, value in server_args.items() if name.replace("-", "_") == "enable_memory_saver")
+            env = server_env(device, self.api_key, self._folder, math.prod(parallel_sizes(server_args)), saver=saver)
             super().__init__(command, self._folder / "server.log" if log_path is None else Path(log_path), env)
         except BaseException:
             self._leave_nothing()

@@ -146,12 +146,12 @@ class HeldClient(SGLangClient):
     def __init__(self, *counts: dict[str, int] | None) -> None:
         self.url, self.asked, self._counts = "http://held", list[str](), iter(counts)
 
-    async def hold(self, rids: Sequence[str]) -> dict[str, int] | None:
-        self.asked.append("hold")
+    async def hold(self, rids: Sequence[str], cache: str | None = None) -> dict[str, int] | None:
+        self.asked.append("hold" if cache is None else f"hold {cache}")
         return next(self._counts)
 
     async def call(self, method: str, path: str, body: object = None, accept: Sequence[int] = ()) -> tuple[int, None]:
-        self.asked.append(path)
+        self.asked.append(f"{path} in_place" if body == {"mode": "in_place"} else path)
         return 200, None
 
 
@@ -168,6 +168,20 @@ def test_a_held_server_goes_on_with_its_requests_once_all_of_them_are_counted() 
         return spans
 
     assert asyncio.run(scenario()) == [(0, 3), (5, 4)]
+
+
+def test_a_server_that_keeps_its_cache_is_held_in_place() -> None:
+    async def scenario() -> list[str]:
+        client = HeldClient({}, {"a": 5})
+        pause = Pause(client, GenerationGate(), flight := InFlight())
+        await pause.prepare({})
+        with flight.request("a", 3) as spans:
+            async with pause.interrupted(4, asleep=False, cache="four"):
+                pass
+        assert spans == [(0, 3), (5, 4)]
+        return client.asked[2:]
+
+    assert asyncio.run(scenario()) == ["hold four", "/pause_generation in_place", "/continue_generation"]
 
 
 @pytest.mark.parametrize(("holds", "asleep"), [(False, False), (True, True)])
@@ -253,6 +267,7 @@ def test_server_arguments_pass_through_and_win() -> None:
         {"url": "http://x", "server_args": {"a": 1}},
         {"new_tokens_per_chunk": 0},
         {"url": "http://x", "colocated": True},
+        {"keep_cache": True, "server_args": {"pp-size": 2}},
     ],
 )
 def test_contradictory_settings_are_refused(arguments: dict[str, object]) -> None:
@@ -265,6 +280,14 @@ def test_a_server_beside_a_trainer_takes_less_memory_and_says_why_where_it_keeps
     assert not caplog.records
     assert sharing_args("cuda", saver=False) == {"mem_fraction_static": 0.2} and "torch_memory_saver" in caplog.text
     assert SGLangEngine(device="cuda", colocated=True).transports == ("tensor", "disk")
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_a_server_that_can_let_go_of_its_memory_gets_no_expandable_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
+    assert name not in server_env("cuda", "key", Path("/tmp/x"))
+    env = server_env("cuda", "key", Path("/tmp/x"), saver=True)
+    assert env[name] == "max_split_size_mb:128,expandable_segments:False"
 
 
 def test_an_engine_travels_to_its_worker() -> None:
