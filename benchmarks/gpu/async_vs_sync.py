@@ -84,6 +84,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layout", choices=["apart", "colocated"], default="apart")
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--etas", type=int, nargs="+", default=[0, 4, 1, 2, 8], help="in this order")
+    parser.add_argument(
+        "--kept", type=int, nargs="*", default=[4], help="etas once more, answers keeping their cache over updates"
+    )
     parser.add_argument("--budget-s", type=float, default=560.0, help="seconds of the whole program")
     parser.add_argument("--steps", type=int, default=24, help="measured steps of a turn, at most")
     parser.add_argument("--warmup", type=int, default=4, help="steps before those (one of the synchronous turn)")
@@ -96,7 +99,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-mb", type=int, default=16384)
     parser.add_argument("--transport", help="weight_transport; distributed apart and tensor colocated by default")
     parser.add_argument("--mem-fraction", type=float, help="of its GPU for the engine; 0.8 apart, 0.35 colocated by default")
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the trainer")
+    parser.add_argument(
+        "--weights", choices=["float32", "bfloat16"], default="bfloat16", help="of the trainer; with float32 copies"
+    )
     parser.add_argument("--checkpointing", help="gradient_checkpointing; none apart with the 0.6b shape, else full by default")
     parser.add_argument("--cpu", action="store_true", help="try the program on a machine without GPUs, with --shape tiny")
     parser.add_argument("--between-s", type=float, default=10.0, help="seconds that a turn takes to start and to end")
@@ -109,6 +114,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     apart = args.layout == "apart"
     args.in_flight = args.in_flight or args.prompts
+    args.weights = "float32" if args.cpu else args.weights
     args.engine_gpu, args.trainer_gpu = (None, 0) if args.cpu else (0, 1) if apart else (0, 0)
     args.transport = args.transport or ("disk" if args.cpu else "distributed" if apart else "tensor")
     args.mem_fraction = args.mem_fraction or (0.8 if apart else 0.35)
@@ -222,8 +228,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     for name, result in summaries.items():
         cells = [shown(result[key]) if key in result else "-" for key in MEASURES]
         rate = result.get("tokens_per_s")
-        against = [f"{rate / other:.2f}" if rate and other and name.isdigit() else "-" for other in (base, limit)]
-        lines.append(f"| {f'eta {name}' if name.isdigit() else name} | {' | '.join([*cells, *against])} |")
+        against = [f"{rate / other:.2f}" if rate and other and name[0].isdigit() else "-" for other in (base, limit)]
+        lines.append(f"| {f'eta {name}' if name[0].isdigit() else name} | {' | '.join([*cells, *against])} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,9 @@ ENGINE_ALONE, TRAINER_ALONE = "engine alone", "trainer alone"
 ALONE_S = 25.0
 """Most seconds of a turn of one side alone, from its first measured step on: layers compile in the first steps."""
 
+CACHE_KEPT = " cache kept"
+"""Ends the name of a turn in which answers keep their keys and values over weight updates."""
+
 KEPT = 8
 """Batches of the engine's turn that the trainer's turn trains on, again and again."""
 
@@ -152,7 +155,7 @@ def run_turns(args: argparse.Namespace, ends_at: float) -> None:
     ray_init = {"address": "local", "num_cpus": 8, "num_gpus": 0, "include_dashboard": False}
     connect({**ray_init, "object_store_memory": 500 * 2**20, "_temp_dir": args.ray_folder})
     kept: list[Batch] = []
-    turns = [ENGINE_ALONE, TRAINER_ALONE, *map(str, args.etas)]
+    turns = [ENGINE_ALONE, TRAINER_ALONE, *map(str, args.etas), *(f"{eta}{CACHE_KEPT}" for eta in args.kept)]
     for place, turn in enumerate(turns):
         seconds = (ends_at - time.monotonic()) / (len(turns) - place) - args.between_s
         started = time.monotonic()
@@ -177,9 +180,9 @@ def run_turn(args: argparse.Namespace, turn: str, seconds: float, kept: list[Bat
         reports = Reports(turn, 2, args.steps, min(seconds, ALONE_S))
         make_trainer(args, reports).fit(make_module(args, AsyncPPOModule), train_dataloaders=Replay(kept))
     else:
-        eta = int(turn)
+        eta, keep = int(turn.removesuffix(CACHE_KEPT)), turn.endswith(CACHE_KEPT)
         reports = Reports(turn, args.warmup if eta else 1, args.steps, seconds)
-        make_trainer(args, reports).fit(make_module(args, AsyncPPOModule), datamodule=make_data(args, eta))
+        make_trainer(args, reports).fit(make_module(args, AsyncPPOModule), datamodule=make_data(args, eta, keep_cache=keep))
 
 
 def make_trainer(args: argparse.Namespace, reports: Reports) -> pl.Trainer:
@@ -210,9 +213,9 @@ def make_module(args: argparse.Namespace, kind: type[AsyncPPOModule]) -> AsyncPP
     )
 
 
-def make_data(args: argparse.Namespace, eta: int) -> RolloutDataModule:
+def make_data(args: argparse.Namespace, eta: int, *, keep_cache: bool = False) -> RolloutDataModule:
     """The engine is the server that runs already."""
-    engine = SGLangEngine(url=args.url, api_key=args.api_key, start_timeout_s=300, sync_timeout_s=60)
+    engine = SGLangEngine(url=args.url, api_key=args.api_key, keep_cache=keep_cache, start_timeout_s=300, sync_timeout_s=60)
     return RolloutDataModule(
         RandomPrompts(args.prompts * 10_000),
         [WeightedReward(no_reward)],

@@ -44,6 +44,7 @@ COLUMNS = {
     "seconds": "update, s",
     "stopped_s": "generation stopped, s",
     "stopped_max_s": "longest, s",
+    "proof_s": "of it, proof, s",
     "updates": "updates",
     "memory_gib": "memory in use, GiB: first and last",
 }
@@ -127,7 +128,7 @@ async def measure(
     from rl_lightning.weights.transport_choice import make_transport
 
     transport, load = make_transport(transport_name), Load(engine, in_flight, lambda number: args.answer_tokens)
-    seconds, stopped, memory = [], [], []
+    seconds, stopped, proofs, memory = [], [], [], []
     try:
         async with load:
             for _ in range(2 + updates):
@@ -137,6 +138,8 @@ async def measure(
                 started = time.monotonic()
                 stopped.append(await update(engine, transport, weights))
                 seconds.append(time.monotonic() - started)
+                assert engine._receiver is not None
+                proofs.append(engine._receiver.proof_s)
                 memory.append(memory_in_use_gib(engine))
     finally:
         transport.close()
@@ -146,6 +149,7 @@ async def measure(
         "seconds": median(seconds[2:]),
         "stopped_s": median(stopped[2:]),
         "stopped_max_s": max(stopped[2:]),
+        "proof_s": median(proofs[2:]),
         "updates": updates,
         "memory_gib": f"{memory[2]:.2f} to {memory[-1]:.2f}",
         "memory_by_update_gib": [round(value, 3) for value in memory],

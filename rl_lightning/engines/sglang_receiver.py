@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -35,6 +36,7 @@ class Receiver:
         self._client = client
         self._dtype = dtype
         self._group = ""
+        self.proof_s = 0.0
 
     @asynccontextmanager
     async def prepared(self, update: WeightUpdate) -> AsyncIterator[Load]:
@@ -64,11 +66,13 @@ class Receiver:
         """
         from rl_lightning.weights.fingerprint import find_mismatch
 
+        started = time.monotonic()
         shown = await self._client.samples({name: sample.shape for name, sample in sent.items()})
         if (difference := find_mismatch(sent, as_held(shown, sent, self._dtype))) is not None:
             raise WeightMismatchError(
                 f"SGLang at {self._client.url} does not hold the weights of version {version}: {difference}"
             )
+        self.proof_s = time.monotonic() - started
 
     async def _read(self, update: WeightUpdate) -> Fingerprint:
         await self._client.load_from_disk(update.payload["path"])
