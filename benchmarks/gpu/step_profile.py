@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 KINDS = {
-    "attention": r"flash|fmha|varlen",
+    "attention": r"flash|fmha|varlen|sdpa",
+    "layers, compiled": r"^triton_",
     "matrix products": r"gemm|cutlass|cublas|nvjet|xmma|ampere_|sm90_|hopper",
     "optimiser": r"multi_tensor|adam|foreach",
     "copies": r"memcpy|memset|copy_",
-    "layers, compiled": r"^triton_",
     "elementwise, gather, reduce": r"elementwise|reduce|index|gather|scatter|softmax|embedding|sort|cat|fill",
 }
 """By kind the pattern of its kernels' names; the first that fits."""

@@ -33,6 +33,7 @@ class Spans(NamedTuple):
         n_groups: () int64 on the CPU, G; 0 where nothing is shared.
         n_prompt_tokens: () int64 on the CPU, of the shared prompts.
         n_answer_tokens: () int64 on the CPU, of the answers to them.
+        bounds: `starts` as int64 on the CPU.
     """
 
     starts: Tensor
@@ -44,6 +45,7 @@ class Spans(NamedTuple):
     n_groups: Tensor
     n_prompt_tokens: Tensor
     n_answer_tokens: Tensor
+    bounds: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu") -> Spans:
@@ -57,9 +59,10 @@ class Spans(NamedTuple):
         followers = list(parents[n_groups:n_shared])
         assert list(answers) == list(range(n_groups)) and followers == sorted(followers), "prompts, their answers, the rest"
         prompts, totals = list(lengths[:n_groups]), list(answers.values())
-        starts = (_starts(sizes, len(lengths)) for sizes in (lengths, prompts, totals))
+        starts, *others = (_starts(sizes, len(lengths)) for sizes in (lengths, prompts, totals))
         numbers = (max(lengths), max(prompts, default=0), max(totals, default=0), n_groups, sum(prompts), sum(totals))
-        return cls(*(to_device(x, device) for x in starts), *map(torch.tensor, numbers))
+        on_device = [to_device(x, device) for x in (starts, *others)]
+        return cls(*on_device, *map(torch.tensor, numbers), starts.long())
 
 
 def _starts(sizes: Sequence[int], n: int) -> Tensor:

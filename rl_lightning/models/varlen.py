@@ -2,7 +2,8 @@
 
 On CUDA it is the flash attention that PyTorch carries; keys and values may have fewer heads than queries. On a Hopper with
 SGLang's kernels installed the forward pass is their FlashAttention 3, twice as fast, which has no backward pass. On the CPU
-each segment goes through PyTorch's CPU kernel, so that compiled models run there too.
+each segment goes through PyTorch's CPU kernel, so that compiled models run there too. On a Hopper the backward pass of long
+segments is cuDNN's.
 
 Answers that share a prompt see it in a second call of the same kernel, all answers of a group at once and without a mask. What
 both calls give is merged by their partition sums; the backward pass of each gets the merged output and sums, as in ring
@@ -19,8 +20,12 @@ import torch
 from torch import Tensor
 
 from rl_lightning.batching.spans import Spans
+from rl_lightning.models.dense_backward import cut_segments, dense_backward, has_dense_backward
 
 aten = torch.ops.aten
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Gradient of the output, query, key, value, output and partition sums: what a backward pass starts from."""
 
 FLASH3_HEAD_DIMS = (64, 128, 256)
 """Those for which every build of it has a kernel."""
@@ -129,7 +134,10 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     saved = grad, query, key, value, output, sums
-    grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
+    if reach < 0 and has_dense_backward(query):
+        grads = _backward_by_length(saved, Spans(*spans), scale)
+    else:
+        grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
     to_prompts = _to_prompts(Spans(*spans), scale, reach)
     if to_prompts is not None:
         rows = to_prompts.queries, to_prompts.keys, to_prompts.keys
@@ -203,6 +211,27 @@ def _backward(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     saved = (grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, 0.0, is_causal, *no_dropout)
     return aten._flash_attention_backward(*saved, scale=call.scale, **span)
+
+
+def _backward_by_length(saved: Saved, spans: Spans, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients within segments: of the long ones each for itself, of runs of short ones together."""
+    query, key, value = saved[1:4]
+    bounds = spans.bounds.tolist()
+    long, short = cut_segments(bounds)
+    if not long:
+        return _backward(*saved, _within_segments(spans, scale, -1))
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for length, segments in long:
+        for whole, parts in zip(grads, dense_backward(*saved, segments, length, scale), strict=True):
+            for (start, n), part in zip(segments, parts, strict=True):
+                whole[start : start + n] = part[:n]
+    for first, last in short:
+        rows, starts = slice(bounds[first], bounds[last]), spans.starts[first : last + 1] - bounds[first]
+        longest = max(b - a for a, b in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True))
+        call = _Call(rows, rows, starts, starts, longest, longest, True, scale)
+        for whole, part in zip(grads, _backward(*saved, call), strict=True):
+            whole[rows] = part
+    return grads
 
 
 def _masking(call: _Call) -> tuple[bool, dict[str, int]]:

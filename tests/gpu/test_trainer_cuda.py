@@ -34,6 +34,8 @@ GROUPS = [200, 1, 130, 300, 3, 500, 1, 64, 130], [0, 1, 2, 0, 0, 1, 1, 2, 2]
         (*GROUPS, None),
         ([*GROUPS[0], 700, 1], [*GROUPS[1], 9, 10], None),
         ([5, 1, 1], [0, 1, 0], None),  # one answer token to a prompt
+        ([2047, 30, 2047, 100, 2047, 2500, 40, 1793], list(range(8)), None),  # long ones have another backward pass
+        ([2100, 900, 2100, 60], [0, 1, 0, 1], None),
     ],
 )
 def test_varlen_attention_with_grouped_heads(
