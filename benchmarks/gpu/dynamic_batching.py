@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, plan: Plan) -> None:
             plan,
             optimizer=OptimizerConfig(lr=1e-6),
             ppo=PPOConfig(n_minibatches=1),
-            max_tokens_per_mb=args.budget + 1,
+            max_tokens_per_mb=args.budget,
             dtype=args.weights,
             gradient_checkpointing="auto",
             compile=False if args.cpu else None,

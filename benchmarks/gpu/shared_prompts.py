@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, 
             deadline,
             optimizer=OptimizerConfig(lr=1e-6),
             ppo=PPOConfig(n_minibatches=1),
-            max_tokens_per_mb=args.micro_tokens + 1,
+            max_tokens_per_mb=args.micro_tokens,
             dtype="float32" if args.cpu else "bfloat16",
             compile=not args.cpu,
         )

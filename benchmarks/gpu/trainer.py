@@ -105,7 +105,7 @@ class Measured(AsyncPPOModule):
         """Decides what `auto` means for each size of micro-batches, while only the weights are in memory."""
         super().on_fit_start()
         spare = activation_bytes([self.model], self.device) if self.device.type == "cuda" else 1e12
-        sizes = {step.micro_tokens + 1 for step in self.plan.steps}
+        sizes = {step.micro_tokens for step in self.plan.steps}
         self.planned = {size: plan_levels(self.model, size, spare) for size in sizes}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -115,7 +115,7 @@ class Measured(AsyncPPOModule):
         if failed or time.perf_counter() > self.deadline:
             step.failure = step.failure or ("" if failed else "no time left")
             return
-        self.max_tokens_per_mb = step.micro_tokens + 1
+        self.max_tokens_per_mb = step.micro_tokens
         set_variant(self, step.variant)
         graphs, retries, started = compiled_graphs(), allocation_retries(), synchronized(self.device, reset_peak=True)
         try:
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, 
             deadline,
             optimizer=OptimizerConfig(lr=1e-6),
             ppo=PPOConfig(n_minibatches=args.minibatches),
-            max_tokens_per_mb=args.micro_tokens + 1,
+            max_tokens_per_mb=args.micro_tokens,
             dtype=args.weights,
             compile=any(VARIANTS[variant][0] for variant in args.variants),
         )

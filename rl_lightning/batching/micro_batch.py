@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lightning.batching.filling import Family, fill
 from rl_lightning.batching.layout import PackedLayout
-from rl_lightning.batching.packing import pack
+from rl_lightning.batching.packing import too_long
 from rl_lightning.batching.transfer import to_device
 from rl_lightning.types import Batch
 
@@ -63,37 +65,25 @@ def pack_micro_batches(
 ) -> list[tuple[int, ...]]:
     """Which of `sequences` go into which micro-batch; those without a token to score go nowhere.
 
-    Answers to one prompt that stand next to each other in `sequences` stay together while they fit.
+    As few micro-batches as `fill` finds, about equally full. Answers share a prompt that stand next to each other in `sequences`.
 
     Args:
         batch: on the CPU.
         sequences: indices of the batch's sequences.
-        max_tokens: most tokens of a micro-batch.
-        min_groups: micro-batches to make where there are as many pieces.
-        share_prompts: count a prompt once for the answers that stay together.
+        max_tokens: most tokens that a micro-batch runs: not the last of a sequence, and a shared prompt once.
+        min_groups: micro-batches to make where there are as many sequences.
+        share_prompts: answers may share their prompt.
 
     Raises:
-        ValueError: a sequence is longer than `max_tokens`.
+        ValueError: a sequence is longer than `max_tokens` and its last token.
     """
-    starts, prompt_lens, group_ids = batch.cu_seqlens.tolist(), batch.prompt_lens.tolist(), batch.group_ids.tolist()
     scored = _targets_per_sequence(batch)
-    pieces: list[list[int]] = []
-    loads: list[int] = []
-    for s in sequences:
-        if not scored[s]:
-            continue
-        n_prompt, n_answer = prompt_lens[s], starts[s + 1] - starts[s] - prompt_lens[s]
-        together = share_prompts and pieces and group_ids[pieces[-1][-1]] == group_ids[s]
-        if together and loads[-1] + n_answer <= max_tokens:
-            pieces[-1].append(s)
-            loads[-1] += n_answer
-        else:
-            pieces.append([s])
-            loads.append(n_prompt + n_answer)
-    if len(pieces) < min_groups:
-        pieces, loads = _split(pieces, prompt_lens, starts, min_groups)
-    packed = pack(loads, max_tokens, min_groups=min_groups)
-    return [tuple(s for piece in group for s in pieces[piece]) for group in packed]
+    chosen = [s for s in sequences if scored[s]]
+    lengths = batch.cu_seqlens.diff().tolist()
+    if chosen and (longest := max(lengths[s] for s in chosen)) - 1 > max_tokens:
+        raise too_long(longest, max_tokens)
+    dealt = fill(_priced(batch, chosen, share_prompts), max_tokens, min_groups=min_groups)
+    return [tuple(chosen[i] for i in members) for members in dealt]
 
 
 def make_micro_batch(
@@ -189,22 +179,18 @@ def _families(batch: Batch, sequences: Sequence[int]) -> list[list[int]]:
     return families
 
 
+def _priced(batch: Batch, sequences: Sequence[int], share_prompts: bool) -> list[Family]:
+    """What `sequences` run of their prompts and answers; members are places in `sequences`."""
+    lengths, prompt_lens = batch.cu_seqlens.diff().tolist(), batch.prompt_lens.tolist()
+    families, places = [], iter(range(len(sequences)))
+    for members in _families(batch, sequences) if share_prompts else [[s] for s in sequences]:
+        prompt = prompt_lens[members[0]]
+        families.append(Family(prompt, tuple(islice(places, len(members))), tuple(lengths[s] - 1 - prompt for s in members)))
+    return families
+
+
 def _targets_per_sequence(batch: Batch) -> list[int]:
     """Tokens under the loss mask by sequence."""
     total = torch.zeros(len(batch.loss_mask) + 1, dtype=torch.int64)
     torch.cumsum(batch.loss_mask, 0, out=total[1:])
     return total[batch.cu_seqlens.long()].diff().tolist()
-
-
-def _split(
-    pieces: Sequence[Sequence[int]], prompt_lens: Sequence[int], starts: Sequence[int], wanted: int
-) -> tuple[list[list[int]], list[int]]:
-    """Halves the pieces with the most sequences until there are `wanted` or nothing can be halved."""
-    halves = [list(piece) for piece in pieces]
-    while len(halves) < wanted and max((len(p) for p in halves), default=0) > 1:
-        largest = max(range(len(halves)), key=lambda i: len(halves[i]))
-        piece = halves[largest]
-        middle = len(piece) // 2
-        halves[largest : largest + 1] = [piece[:middle], piece[middle:]]
-    loads = [prompt_lens[p[0]] + sum(starts[s + 1] - starts[s] - prompt_lens[s] for s in p) for p in halves]
-    return halves, loads

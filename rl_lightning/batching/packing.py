@@ -25,10 +25,7 @@ def pack(lengths: Sequence[int], max_tokens: int, *, min_groups: int = 1) -> lis
     if max_tokens < 1 or min_groups < 1:
         raise ValueError(f"need max_tokens >= 1 and min_groups >= 1, got max_tokens={max_tokens} and min_groups={min_groups}")
     if lengths and max(lengths) > max_tokens:
-        raise ValueError(
-            f"a sequence of {max(lengths)} tokens is longer than max_tokens_per_mb={max_tokens}: "
-            f"raise max_tokens_per_mb to at least {max(lengths)}, or lower max_prompt_len or max_new_tokens"
-        )
+        raise too_long(max(lengths), max_tokens)
     groups: list[list[int]] = []
     loads: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -42,3 +39,11 @@ def pack(lengths: Sequence[int], max_tokens: int, *, min_groups: int = 1) -> lis
         groups[best].append(index)
         loads[best] += length
     return sorted(sorted(group) for group in groups)
+
+
+def too_long(length: int, max_tokens: int) -> ValueError:
+    """The error about a sequence of `length` tokens."""
+    return ValueError(
+        f"a sequence of {length} tokens is longer than max_tokens_per_mb={max_tokens}: "
+        f"raise max_tokens_per_mb to at least {length}, or lower max_prompt_len or max_new_tokens"
+    )

@@ -236,8 +236,7 @@ class AsyncPPOModule(PolicyObjective):
             ref_logprobs = self.by_token(batch, everything, lambda micro: reference.score(micro, self.temperature), limit)
         if self.critic is not None:
             longer, tokens, ends = with_end_tokens(batch)
-            # one token of each sequence is not run, so that a limit of one more is never passed
-            output = self.by_token(longer, range(batch.n_seqs), self.critic, self.critic_max_tokens_per_mb + 1)
+            output = self.by_token(longer, range(batch.n_seqs), self.critic, self.critic_max_tokens_per_mb)
             said = self.critic.values(output)
             values, last_values = said[tokens], torch.where(ends >= 0, said[ends], 0.0)
         return ScoredBatch.of(batch, ref_logprobs=ref_logprobs, values=values, last_values=last_values)

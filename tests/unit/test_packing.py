@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from training_samples import Alone, fit, make_batch, make_groups, write_model
 
 from rl_lightning.batching.balance import balance
 from rl_lightning.batching.collate import collate
+from rl_lightning.batching.filling import Family, fill
 from rl_lightning.batching.micro_batch import make_micro_batch, pack_micro_batches
 from rl_lightning.batching.packing import pack
 from rl_lightning.modules.ppo_config import PPOConfig
@@ -114,6 +117,15 @@ def test_shared_prompts_are_run_once_and_last_tokens_never() -> None:
     assert len(make_micro_batch(batch, range(batch.n_seqs)).token_ids) == 4 * prompts + answers
 
 
+def test_a_limit_counts_what_is_run() -> None:
+    batch = make_batch(seed=5, prompt_lens=(4, 5), answer_lens=(6, 7), n_groups=1)
+    assert len(pack_micro_batches(batch, range(batch.n_seqs), 18)) == 2, "9 of 10 tokens are run"
+    assert len(pack_micro_batches(batch, range(batch.n_seqs), 24, share_prompts=True)) == 1, "4 and 4 times 5"
+    assert len(pack_micro_batches(batch, range(batch.n_seqs), 9)) == 4
+    with pytest.raises(ValueError, match="sequence of 10 tokens is longer than max_tokens_per_mb=8: raise .* to at least 10"):
+        pack_micro_batches(batch, range(batch.n_seqs), 8)
+
+
 def test_sequences_off_the_loss_go_nowhere_and_pieces_are_split_on_demand() -> None:
     batch = make_batch(seed=7)
     batch.loss_mask[: batch.cu_seqlens[1]] = False
@@ -126,8 +138,71 @@ def test_sequences_off_the_loss_go_nowhere_and_pieces_are_split_on_demand() -> N
 def test_long_tailed_lengths_fill_their_micro_batches(budget: int, sigma: float) -> None:
     rng = random.Random(0)
     lengths = [max(16, min(8192, round(1024 * rng.lognormvariate(0, sigma)))) for _ in range(512)]
-    micro_batches = pack(lengths, budget)
-    assert sum(lengths) / (len(micro_batches) * budget) > 0.95
+    filled = loads([Family(0, (i,), (length,)) for i, length in enumerate(lengths)], budget)
+    assert sum(filled) / (len(filled) * budget) > 0.95
+    assert max(filled) - min(filled) < 0.1 * budget
+
+
+def loads(families: Sequence[Family], max_tokens: int, min_groups: int = 1) -> list[int]:
+    """Tokens that each micro-batch runs, after a check that every answer is in one."""
+    dealt = fill(families, max_tokens, min_groups=min_groups)
+    assert sorted(m for members in dealt for m in members) == sorted(m for family in families for m in family.members)
+    answers = {m: n for family in families for m, n in zip(family.members, family.answers, strict=True)}
+    prompts = [sum(f.prompt for f in families if set(f.members) & set(members)) for members in dealt]
+    return [prompt + sum(answers[m] for m in members) for prompt, members in zip(prompts, dealt, strict=True)]
+
+
+def groups_of(n_groups: int, size: int, prompt: int, answer: int) -> list[Family]:
+    return [Family(prompt, tuple(range(g * size, (g + 1) * size)), (answer - 1,) * size) for g in range(n_groups)]
+
+
+def test_sequences_that_fit_exactly_do() -> None:
+    assert loads(groups_of(16, 1, 1024, 1025), 16384) == [16384, 16384]
+
+
+def test_micro_batches_are_equally_full_where_that_costs_nothing() -> None:
+    assert sorted(loads(groups_of(16, 1, 1024, 1025), 16383)) == [10240, 10240, 12288]
+
+
+def test_a_group_is_divided_where_that_saves_micro_batches() -> None:
+    filled = loads(groups_of(7, 8, 128, 1024), 16384)  # 8,312 tokens a group: whole, one would go into each
+    assert len(filled) == 4 and max(filled) - min(filled) < 1024
+    assert sum(filled) <= 7 * 8312 + 3 * 128
+
+
+def test_long_prompts_are_not_run_again_for_a_micro_batch_less() -> None:
+    assert loads(groups_of(3, 8, 4000, 501), 15000) == [8000] * 3, "two of 14,000 would run 28,000"
+
+
+def cut_where_full(families: Sequence[Family], max_tokens: int) -> list[int]:
+    """Loads of families, each cut into as few parts as fit."""
+    pieces: list[int] = []
+    for family in families:
+        begin = len(pieces)
+        for answer in family.answers:
+            if len(pieces) > begin and pieces[-1] + answer <= max_tokens:
+                pieces[-1] += answer
+            else:
+                pieces.append(family.prompt + answer)
+    return pieces
+
+
+FAMILIES = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(0, 60), min_size=1, max_size=8)), max_size=20)
+
+
+@given(FAMILIES, st.integers(100, 300), st.integers(1, 9))
+def test_filling_never_makes_more_micro_batches_than_whole_pieces(
+    sizes: list[tuple[int, list[int]]], max_tokens: int, min_groups: int
+) -> None:
+    numbers = iter(range(1000))
+    families = [Family(prompt, tuple(islice(numbers, len(answers))), tuple(answers)) for prompt, answers in sizes]
+    filled, pieces = loads(families, max_tokens), cut_where_full(families, max_tokens)
+    whole = len(pack(pieces, max_tokens))
+    assert max(filled, default=0) <= max_tokens and len(filled) <= whole
+    assert sum(filled) <= sum(pieces) + (whole - len(filled)) * max_tokens // 8
+    finer = loads(families, max_tokens, min_groups)
+    assert max(finer, default=0) <= max_tokens
+    assert len(finer) >= min(min_groups, sum(len(family.members) for family in families))
 
 
 def test_the_step_says_how_full_its_micro_batches_were(tmp_path: Path) -> None:
