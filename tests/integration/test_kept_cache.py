@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.models.tiny import write_tiny_model
-from rl_lightning.types import Completion
-from tests.integration.running_engine import PROMPT, VOCABULARY, Running
+from tests.integration.running_engine import PROMPT, VOCABULARY, Running, mixed_logprobs
 
 LONG = PROMPT * 8
 AT_A_TIME = 12
@@ -32,20 +29,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         running.close()
 
 
-def mixed_logprobs(running: Running, completion: Completion, prompt: tuple[int, ...]) -> np.ndarray:
-    """What Hugging Face says of each token, every position computed once, by the version of the token that follows it."""
-    ids, first, n = torch.tensor([[*prompt, *completion.token_ids.tolist()]]), len(prompt) - 1, len(completion)
-    starts = [0, *(1 + np.flatnonzero(np.diff(completion.versions))).tolist()]
-    logits, past = [], None
-    for start, end in pairwise([*starts, n]):
-        model = running.live[int(completion.versions[start])]
-        with torch.no_grad():
-            out = model(ids[:, first + start if start else 0 : first + end], past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        logits.append(out.logits[0, -(end - start) :])
-    return torch.cat(logits).log_softmax(-1).gather(1, ids[0, first + 1 :, None])[:, 0].numpy()
-
-
 def crossed(running: Running) -> int:
     """How many answers crossed two updates, each token with the log-probability that a kept cache gives it."""
     before = running.version
@@ -58,7 +41,7 @@ def crossed(running: Running) -> int:
     completions = [future.result(120) for future in futures]
     for completion in completions:
         assert len(completion) in (100, 700) or completion.finish_reason == "stop"
-        np.testing.assert_allclose(completion.logprobs, mixed_logprobs(running, completion, LONG), atol=1e-3)
+        np.testing.assert_allclose(completion.logprobs, mixed_logprobs(running.live, completion, LONG), atol=1e-3)
     return sum(set(c.versions.tolist()) == {before, before + 1, before + 2} for c in completions)
 
 
