@@ -92,3 +92,22 @@ def test_the_same_server_computes_contexts_again_when_told_to(running: Running) 
         expected = [running.logprobs(version, completion, prompt=LONG) for version in versions]
         expected = np.select([completion.versions == version for version in versions], expected)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+
+
+def test_chunks_and_a_lack_of_memory_lose_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folders = [write_tiny_model(tmp_path_factory.mktemp("m"), characters=VOCABULARY, seed=seed) for seed in range(2)]
+    server_args = {"chunked_prefill_size": 16, "max_total_tokens": 2048, "schedule_conservativeness": 0.1}
+    running = Running(SGLangEngine(device="cpu", keep_cache=True, server_args=server_args), folders)
+    try:
+        running.run(running.engine.start(str(folders[0])), 300)
+        futures = [f for i in range(12) for f in running.ask_later(1, LONG[i:], max_new_tokens=400)]
+        for update in range(8):
+            running.ask(1, LONG * 3, max_new_tokens=1)
+            running.publish(1 - update % 2)
+        for completion in (future.result(120) for future in futures):
+            assert len(completion) == 400 or completion.finish_reason == "stop"
+            assert (np.diff(completion.versions) >= 0).all()
+        [completion] = running.ask(1, LONG, max_new_tokens=16)
+        np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion, prompt=LONG), atol=1e-3)
+    finally:
+        running.close()
