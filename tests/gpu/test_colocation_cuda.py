@@ -22,7 +22,6 @@ SERVER = {
     "cuda_graph_max_bs": 16,
     "mm_feature_transport": "cpu",
     "cuda_graph_backend_prefill": "disabled",
-    "context_length": 2048,
 }
 UPDATES = 50
 

@@ -25,6 +25,7 @@ from rl_lightning.modules.async_ppo import AsyncPPOModule
 from rl_lightning.types import Completion, GenerationRequest, Prompt, Rollout, RolloutGroup, SamplingParams
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.transport_choice import make_transport
+from tests.integration.running_engine import VOCABULARY, mixed_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -46,7 +47,8 @@ class Served:
     """An engine on an event loop of its own, as in a worker, and the trainer's modules of the versions that it may hold."""
 
     def __init__(self, root: Path) -> None:
-        shape: dict[str, Any] = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2}
+        # of so many characters that answers hardly end by themselves, which they must not before new weights come
+        shape: dict[str, Any] = {"characters": VOCABULARY, "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2}
         self.folders = [write_tiny_model(root / f"seed{seed}", seed=seed, **shape) for seed in range(2)]
         self.modules = [AsyncPPOModule(str(folder)) for folder in self.folders]
         for module in self.modules:
@@ -143,6 +145,35 @@ def test_weights_arrive_while_answers_are_generated(served: Served, transport: s
     wrong = served.differences(answers, {before: 1, before + 1: 0})
     assert wrong.mean() > 10 * differences.mean(), "the two models are too alike to tell by their log-probabilities"
     assert stopped_s < 10
+
+
+def test_answers_go_on_with_the_keys_they_have(served: Served) -> None:
+    """Their versions change at the very token: one earlier or later is much farther from what the mixture says."""
+    from transformers import AutoModelForCausalLM
+
+    served.publish(0, "disk")
+    before = served.version
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in served.folders]
+    by_version = {before + i: model for i, model in enumerate(models)}
+    served.engine.keep_cache = True
+    try:
+        asked = served.ask_later(seed=3, n_tokens=900)
+        answers_of(served.ask_later(seed=4, n_tokens=30))
+        served.publish(1, "disk")
+        answers = answers_of(asked)
+    finally:
+        served.engine.keep_cache = False
+    errors: dict[int, list[float]] = {-1: [], 0: [], 1: []}
+    for prompt, completion in answers:
+        at = int((completion.versions == before).sum())
+        if 1 < at < len(completion) - 1:
+            for shift, found in errors.items():
+                versions = np.where(np.arange(len(completion)) < at + shift, before, before + 1)
+                said = mixed_logprobs(by_version, replace(completion, versions=versions), prompt.token_ids)
+                found += np.abs(said - completion.logprobs)[at - 1 : at + 1].tolist()
+    means = {shift: np.mean(found) for shift, found in errors.items()}
+    assert len(errors[0]) >= N_ANSWERS and means[0] < 0.05, means  # two tokens each, of half of the answers
+    assert min(means[-1], means[1]) > 5 * means[0], means
 
 
 def test_weights_that_differ_are_refused(served: Served) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,23 @@ class Running:
         for transport in self.transports.values():
             transport.close()
         self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def mixed_logprobs(models: Mapping[int, Any], completion: Completion, prompt: tuple[int, ...]) -> np.ndarray:
+    """What Hugging Face says of each token where a kept cache is met: no position is computed again under later weights.
+
+    Args:
+        models: by version.
+        completion: whose versions say how far each model comes.
+        prompt: before it.
+    """
+    ids, first = torch.tensor([[*prompt, *completion.token_ids.tolist()]]), len(prompt) - 1
+    starts = [0, *(1 + np.flatnonzero(np.diff(completion.versions))).tolist()]
+    logits, past = [], None
+    for start, end in pairwise([*starts, len(completion)]):
+        inputs = ids[:, first + start if start else 0 : first + end]  # a token's weights computed the position before it
+        with torch.no_grad():
+            out = models[int(completion.versions[start])](inputs, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        logits.append(out.logits[0, start - end :])
+    return torch.cat(logits).log_softmax(-1).gather(1, ids[0, first + 1 :, None])[:, 0].numpy()

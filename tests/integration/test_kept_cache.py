@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.models.tiny import write_tiny_model
-from rl_lightning.types import Completion
-from tests.integration.running_engine import PROMPT, VOCABULARY, Running
+from tests.integration.running_engine import PROMPT, VOCABULARY, Running, mixed_logprobs
 
 LONG = PROMPT * 8
 AT_A_TIME = 12
@@ -32,20 +29,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         running.close()
 
 
-def mixed_logprobs(running: Running, completion: Completion, prompt: tuple[int, ...]) -> np.ndarray:
-    """What Hugging Face says of each token, every position computed once, by the version of the token that follows it."""
-    ids, first, n = torch.tensor([[*prompt, *completion.token_ids.tolist()]]), len(prompt) - 1, len(completion)
-    starts = [0, *(1 + np.flatnonzero(np.diff(completion.versions))).tolist()]
-    logits, past = [], None
-    for start, end in pairwise([*starts, n]):
-        model = running.live[int(completion.versions[start])]
-        with torch.no_grad():
-            out = model(ids[:, first + start if start else 0 : first + end], past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        logits.append(out.logits[0, -(end - start) :])
-    return torch.cat(logits).log_softmax(-1).gather(1, ids[0, first + 1 :, None])[:, 0].numpy()
-
-
 def crossed(running: Running) -> int:
     """How many answers crossed two updates, each token with the log-probability that a kept cache gives it."""
     before = running.version
@@ -58,7 +41,7 @@ def crossed(running: Running) -> int:
     completions = [future.result(120) for future in futures]
     for completion in completions:
         assert len(completion) in (100, 700) or completion.finish_reason == "stop"
-        np.testing.assert_allclose(completion.logprobs, mixed_logprobs(running, completion, LONG), atol=1e-3)
+        np.testing.assert_allclose(completion.logprobs, mixed_logprobs(running.live, completion, LONG), atol=1e-3)
     return sum(set(c.versions.tolist()) == {before, before + 1, before + 2} for c in completions)
 
 
@@ -109,3 +92,22 @@ def test_the_same_server_computes_contexts_again_when_told_to(running: Running) 
         expected = [running.logprobs(version, completion, prompt=LONG) for version in versions]
         expected = np.select([completion.versions == version for version in versions], expected)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+
+
+def test_chunks_and_a_lack_of_memory_lose_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folders = [write_tiny_model(tmp_path_factory.mktemp("m"), characters=VOCABULARY, seed=seed) for seed in range(2)]
+    server_args = {"chunked_prefill_size": 16, "max_total_tokens": 2048, "schedule_conservativeness": 0.1}
+    running = Running(SGLangEngine(device="cpu", keep_cache=True, server_args=server_args), folders)
+    try:
+        running.run(running.engine.start(str(folders[0])), 300)
+        futures = [f for i in range(12) for f in running.ask_later(1, LONG[i:], max_new_tokens=400)]
+        for update in range(8):
+            running.ask(1, LONG * 3, max_new_tokens=1)
+            running.publish(1 - update % 2)
+        for completion in (future.result(120) for future in futures):
+            assert len(completion) == 400 or completion.finish_reason == "stop"
+            assert (np.diff(completion.versions) >= 0).all()
+        [completion] = running.ask(1, LONG, max_new_tokens=16)
+        np.testing.assert_allclose(completion.logprobs, running.logprobs(running.version, completion, prompt=LONG), atol=1e-3)
+    finally:
+        running.close()

@@ -16,7 +16,7 @@ from rl_lightning.engines.sglang_args import parallel_sizes
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.source import NamedWeights
-from tests.integration.running_engine import VOCABULARY, Running
+from tests.integration.running_engine import PROMPT, VOCABULARY, Running, mixed_logprobs
 
 
 @pytest.fixture(scope="module", params=[{"tp_size": 2}, {"pp_size": 2}], ids=["tensor", "pipeline"])
@@ -42,6 +42,23 @@ def test_answers_cross_updates_exactly(running: Running) -> None:
         for completion in completions:
             under = [running.logprobs(version, completion) for version in (before, before + 1)]
             np.testing.assert_allclose(completion.logprobs, np.where(completion.versions == before, *under), atol=1e-3)
+
+
+@pytest.mark.parametrize("running", [{"tp_size": 2}], ids=["tensor"], indirect=True)
+def test_all_ranks_keep_their_keys(running: Running) -> None:
+    assert isinstance(engine := running.engine, SGLangEngine)
+    engine.keep_cache = True
+    try:
+        before = running.version
+        futures = running.ask_later(4, max_new_tokens=400)
+        running.ask(max_new_tokens=30)
+        running.publish(1 - before % 2)
+        completions = [future.result(120) for future in futures]
+    finally:
+        engine.keep_cache = False
+    assert any(set(c.versions.tolist()) == {before, before + 1} for c in completions)
+    for completion in completions:
+        np.testing.assert_allclose(completion.logprobs, mixed_logprobs(running.live, completion, PROMPT), atol=1e-3)
 
 
 def test_every_sampled_value_of_every_rank_counts(running: Running, tmp_path: Path) -> None:

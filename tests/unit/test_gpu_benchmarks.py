@@ -18,6 +18,7 @@ sys.path[:0] = [str(GPU), str(GPU.parent)]
 
 import async_vs_sync  # noqa: E402
 import gpu_20_steps  # noqa: E402
+import interrupt  # noqa: E402
 import learning  # noqa: E402
 import shared_prompts  # noqa: E402
 import steps_of_log  # noqa: E402
@@ -177,3 +178,12 @@ def test_steps_are_read_out_of_a_main_log() -> None:
 """
     first = {"step": 1.0, "head_offpolicyness": 1.312, "throughput/trained_tokens_per_s": 21520.0, "time/step": 3.316}
     assert steps_of_log.read_log(log) == [first, {"step": 2.0, "time/step": 1.555}]
+
+
+def test_ways_of_updating_are_compared_with_none_and_with_waiting() -> None:
+    period = {"seconds": 10.0, "drain_s": 0.0, "stopped_s": 0.2}
+    periods = [{"way": interrupt.NONE, "tokens": 200, **period}, *2 * [{"way": interrupt.KEEP, "tokens": 180, **period}]]
+    none, keep = interrupt.summarise(periods)
+    assert (none["share"], keep["share"], keep["updates"]) == (1.0, 0.9, 2) and "updates" not in none and "gain" not in keep
+    *_, waits = rows = interrupt.summarise([*periods, {"way": interrupt.WAIT, "tokens": 120, **period, "drain_s": 4.0}])
+    assert [row["gain"] for row in rows] == pytest.approx([200 / 120, 1.5, 1.0]) and waits["drain_s"] == 4.0

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 
 from rl_lightning.engines.answer import Segment
+from rl_lightning.engines.engine import EngineError
 from rl_lightning.engines.gate import GenerationGate
+from rl_lightning.engines.in_flight import InFlight
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.engines.sglang_client import SGLangClient
 from rl_lightning.engines.sglang_hold import count_tokens, leave_cache
+from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.types import GenerationRequest, SamplingParams
 
 
@@ -72,3 +77,33 @@ def test_an_answer_that_waits_for_its_prompt_while_weights_come_begins_under_the
         assert client.caches == ["start.0", *3 * ["start.1"]]
 
     asyncio.run(scenario())
+
+
+class PlainServer(SGLangClient):
+    """A server that was started without our hooks."""
+
+    def __init__(self) -> None:
+        self.url = "http://plain"
+
+    async def reachable(self) -> bool:
+        return True
+
+    async def server_info(self) -> dict[str, Any]:
+        return {"dtype": "float32"}
+
+    async def hold(self, rids: Sequence[str], cache: str | None = None) -> dict[str, int] | None:
+        return None
+
+    async def go_on(self) -> None:
+        pass
+
+
+def test_a_server_that_cannot_be_held_cannot_keep_its_cache() -> None:
+    async def scenario() -> None:
+        engine = SGLangEngine(url="http://plain", keep_cache=True)
+        client = engine._client = PlainServer()
+        engine._pause = Pause(client, GenerationGate(), InFlight())
+        await engine._until_ready()
+
+    with pytest.raises(EngineError, match="http://plain cannot be held: set keep_cache to false"):
+        asyncio.run(scenario())
