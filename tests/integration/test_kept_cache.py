@@ -16,11 +16,12 @@ LONG = PROMPT * 8
 AT_A_TIME = 12
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=[True, False], ids=["in_turn", "overlapping"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose scheduler waits for each batch, as on CPUs, or not, as on GPUs."""
     root = tmp_path_factory.mktemp("models")
     folders = [write_tiny_model(root / f"seed{seed}", characters=VOCABULARY, seed=seed) for seed in range(3)]
-    server_args = {"max_running_requests": AT_A_TIME}
+    server_args = {"max_running_requests": AT_A_TIME, "disable_overlap_schedule": request.param}
     running = Running(SGLangEngine(device="cpu", keep_cache=True, server_args=server_args), folders)
     try:
         running.run(running.engine.start(str(folders[0])), 300)
@@ -96,7 +97,8 @@ def test_the_same_server_computes_contexts_again_when_told_to(running: Running) 
 
 def test_chunks_and_a_lack_of_memory_lose_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     folders = [write_tiny_model(tmp_path_factory.mktemp("m"), characters=VOCABULARY, seed=seed) for seed in range(2)]
-    server_args = {"chunked_prefill_size": 16, "max_total_tokens": 2048, "schedule_conservativeness": 0.1}
+    short = {"chunked_prefill_size": 16, "max_total_tokens": 2048, "schedule_conservativeness": 0.1}
+    server_args = {**short, "disable_overlap_schedule": False}
     running = Running(SGLangEngine(device="cpu", keep_cache=True, server_args=server_args), folders)
     try:
         running.run(running.engine.start(str(folders[0])), 300)
