@@ -131,7 +131,7 @@ On {best["engines"]} + {best["trainers"]} GPUs at eta {SHOWN_ETA}, with less tha
 
 ## Small batches
 
-One engine and one trainer. A group waits for its longest answer: with one batch in flight an engine decodes half of its answers at a time.
+One engine and one trainer. A group waits for its longest answer, so that fewer answers run at a time than are in flight.
 Staleness and the longest lease are those of eta {SHOWN_ETA}.
 
 {small_table(result)}
