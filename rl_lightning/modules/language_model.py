@@ -23,6 +23,7 @@ from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, c
 from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
+from rl_lightning.models.operations import Operations
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.counted_step import counted_once
@@ -67,6 +68,8 @@ class LanguageModule(LightningModule):
         model: the Hugging Face model, there after `configure_model`.
         step_statistics: numbers of the last training step over all ranks, by the names in the documentation.
         step_histograms: distributions of the last training step over all ranks.
+        step_operations: floating-point operations of this rank's passes in the last training step, see `Operations`; of the
+            whole model where it is cut over ranks.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class LanguageModule(LightningModule):
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
         self.step_histograms: dict[str, Tensor] = {}
+        self.step_operations = 0.0
         self._graphs = 0
 
     def remember(self, **options: Any) -> None:
@@ -152,6 +156,10 @@ class LanguageModule(LightningModule):
         self._graphs = compiled_graphs()
         self.speed_up([model for model, _ in self.trained()])
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Operations are counted by step."""
+        self.step_operations = 0.0
+
     def speed_up(self, models: Sequence[torch.nn.Module]) -> None:
         """Compiles the layers of `models` where wanted, and decides about the activations of those that are trained."""
         on_gpu = self.device.type == "cuda"
@@ -196,14 +204,28 @@ class LanguageModule(LightningModule):
 
         A collective: all ranks call it with their own sequences.
         """
-        return self.by_token(batch, sequences, lambda micro: self.score(micro)[0], max_tokens)
+        return self.by_token(batch, sequences, self.model, lambda micro: self.score(micro)[0], max_tokens)
 
     @torch.no_grad()
-    def by_token(self, batch: Batch, sequences: Sequence[int], scorer: Scorer, max_tokens: int | None = None) -> Tensor:
-        """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective."""
+    def by_token(
+        self, batch: Batch, sequences: Sequence[int], model: torch.nn.Module, scorer: Scorer, max_tokens: int | None = None
+    ) -> Tensor:
+        """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective.
+
+        Args:
+            batch: on the CPU.
+            sequences: this rank's.
+            model: what `scorer` runs, whose operations are counted.
+            scorer: see `Scorer`.
+            max_tokens: most tokens of one pass; None: as in training.
+        """
+        operations = Operations.of(model)
         values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
         micro_batches = self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb)
-        scored = [(micro.sources, scorer(micro)) for micro in micro_batches]
+        scored = []
+        for micro in micro_batches:
+            scored.append((micro.sources, scorer(micro)))
+            self.step_operations += operations.forward(micro)
         for sources, found in scored:  # only now, so that the device need not be waited for in between
             values[sources] = found[: len(sources)].double().cpu()
         return values
@@ -248,7 +270,7 @@ class LanguageModule(LightningModule):
         """
         (model, config), optimizer = self.trained()[of], self._optimizers()[of]
         optimizer.zero_grad()
-        if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
+        if not self._accumulate(model, micro_batches, loss) or (admit is not None and not admit()):
             return None
         trained = trained_by(optimizer.optimizer)
         if self.sharding is None:
@@ -262,13 +284,14 @@ class LanguageModule(LightningModule):
             logger.warning("the gradient's norm is %s: the weights stay as they are", norm)
         return norm
 
-    def _accumulate(self, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
+    def _accumulate(self, model: torch.nn.Module, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
         """Backward passes over all micro-batches, gradients left on their rank; whether there was any."""
-        is_any = False
+        is_any, operations = False, Operations.of(model)
         # DDP would share gradients in every backward pass, and wait for those of models that took no part in it
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             for micro in micro_batches:
                 self.manual_backward(loss(micro))
+                self.step_operations += operations.training(micro)
                 is_any = True
         return is_any
 
