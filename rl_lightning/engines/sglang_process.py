@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+FOLDERS = "rl-lightning-sglang-"
+"""How names of temporary folders begin; those of owners that were killed are removed by the next server to start."""
 
 
 class SGLangProcess(ServerProcess):
@@ -46,7 +47,7 @@ class SGLangProcess(ServerProcess):
         log_path: str | None = None,
     ) -> None:
         self._port = socket.socket()  # held, so that nobody else takes it until the server listens
-        self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        self._folder = OwnedFolder(FOLDERS)
         try:
             self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._port.bind((HOST, 0))
@@ -54,8 +55,8 @@ class SGLangProcess(ServerProcess):
             self.url, self.api_key = f"http://{HOST}:{number}", api_key or secrets.token_urlsafe(32)
             command = server_command(model_path, number, device, dtype, server_args)
             saver = any(value for name, value in server_args.items() if name.replace("-", "_") == "enable_memory_saver")
-            env = server_env(device, self.api_key, self._folder, math.prod(parallel_sizes(server_args)), saver=saver)
-            super().__init__(command, self._folder / "server.log" if log_path is None else Path(log_path), env)
+            env = server_env(device, self.api_key, self._folder.path, math.prod(parallel_sizes(server_args)), saver=saver)
+            super().__init__(command, self._folder.path / "server.log" if log_path is None else Path(log_path), env)
         except BaseException:
             self._leave_nothing()
             raise
@@ -70,4 +71,4 @@ class SGLangProcess(ServerProcess):
 
     def _leave_nothing(self) -> None:
         self._port.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
