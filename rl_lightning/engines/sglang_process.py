@@ -31,6 +31,7 @@ class SGLangProcess(ServerProcess):
         server_args: further arguments of SGLang's server by their names.
         api_key: what it wants of its clients; None takes a random one.
         log_path: takes what it prints; None keeps that in a temporary file until it is stopped.
+        env: further changes to its environment.
 
     Attributes:
         url: where it listens, on this machine only.
@@ -45,6 +46,7 @@ class SGLangProcess(ServerProcess):
         server_args: Mapping[str, Any],
         api_key: str | None = None,
         log_path: str | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._port = socket.socket()  # held, so that nobody else takes it until the server listens
         self._folder = OwnedFolder(FOLDERS)
@@ -55,8 +57,9 @@ class SGLangProcess(ServerProcess):
             self.url, self.api_key = f"http://{HOST}:{number}", api_key or secrets.token_urlsafe(32)
             command = server_command(model_path, number, device, dtype, server_args)
             saver = any(value for name, value in server_args.items() if name.replace("-", "_") == "enable_memory_saver")
-            env = server_env(device, self.api_key, self._folder.path, math.prod(parallel_sizes(server_args)), saver=saver)
-            super().__init__(command, self._folder.path / "server.log" if log_path is None else Path(log_path), env)
+            needed = server_env(device, self.api_key, self._folder.path, math.prod(parallel_sizes(server_args)), saver=saver)
+            log = self._folder.path / "server.log" if log_path is None else Path(log_path)
+            super().__init__(command, log, {**needed, **(env or {})})
         except BaseException:
             self._leave_nothing()
             raise
