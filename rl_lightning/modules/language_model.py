@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from rl_lightning.batching.micro_batch import MicroBatch, make_micro_batch, pack_micro_batches
+from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, checkpoint_layers, level_of, plan_levels
 from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
@@ -29,6 +29,7 @@ from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.counted_step import counted_once
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.hyperparameters import as_config, as_plain
+from rl_lightning.modules.micro_batches import deal_micro_batches
 from rl_lightning.modules.model_check import check_sharded
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.prompt_sharing import shares_prompts
@@ -231,20 +232,12 @@ class LanguageModule(LightningModule):
         return values
 
     def micro_batches(self, batch: Batch, sequences: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-        """`sequences` of `batch` packed; equally many micro-batches on every rank, those without work get stand-ins."""
+        """`sequences` of `batch` packed; see `deal_micro_batches`. A collective."""
         share = self.share_prompts
         if share is None:
             where: dict[str, Any] = {"device": self.device, "dtype": self.compute_dtype, "config": self.model.config}
             share = shares_prompts(batch, sequences, **where)
-        packed = pack_micro_batches(batch, sequences, max_tokens, share_prompts=share)
-        wanted = self.ranks.max(len(packed), self.device)
-        if 0 < len(packed) < wanted:
-            finer = pack_micro_batches(batch, sequences, max_tokens, min_groups=wanted, share_prompts=share)
-            packed = finer if len(finer) <= wanted else packed
-        for chosen in packed:
-            yield make_micro_batch(batch, chosen, share_prompts=share, device=self.device)
-        for _ in range(wanted - len(packed)):
-            yield MicroBatch.empty(self.device)
+        return deal_micro_batches(batch, sequences, max_tokens, share_prompts=share, ranks=self.ranks, device=self.device)
 
     # -- updating
 
