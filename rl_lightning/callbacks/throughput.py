@@ -35,7 +35,7 @@ class Throughput(Callback):
     | `time/rollout_wait`, `throughput/trainer_idle_share` | seconds of it that rank 0 waited for rollouts, and their share |
     | `throughput/trained_tokens_per_s` | tokens of the batch, all ranks, over `time/step` |
     | `throughput/generated_tokens_per_s` | answer tokens generated meanwhile, over `time/step` |
-    | `throughput/mfu` | `step_operations` of rank 0, or its share among tensor-parallel ranks, over `time/step` and the peak |
+    | `throughput/mfu` | operations of rank 0, or its share among tensor-parallel ranks, over `time/step` and the peak |
     | `rollout/...` | the datamodule's own counters and gauges |
 
     Args:
@@ -55,6 +55,7 @@ class Throughput(Callback):
         self._ticker: _Ticker | None = None
         self._last_s = clock()
         self._last_generated = 0.0
+        self._last_operations = 0.0
         self.peak_flops = peak_flops
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,6 +67,10 @@ class Throughput(Callback):
             self._last_generated = 0.0
             self._ticker = _Ticker(datamodule, self.interval_s)
             self._ticker.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Operations of a validation before this step are none of it."""
+        self._last_operations = _operations(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures the step that ends."""
@@ -107,9 +112,9 @@ class Throughput(Callback):
             "throughput/trainer_idle_share": min(1.0, wait_s / step_s),
             "throughput/trained_tokens_per_s": all_tokens / step_s,
         }
-        operations: Any = getattr(pl_module, "step_operations", None)
-        if self.peak_flops and operations is not None:
-            statistics["throughput/mfu"] = operations / tensor_size(pl_module) / step_s / self.peak_flops
+        operations = (_operations(pl_module) - self._last_operations) / tensor_size(pl_module)
+        if self.peak_flops and operations:
+            statistics["throughput/mfu"] = operations / step_s / self.peak_flops
         return statistics
 
 
@@ -140,6 +145,12 @@ class _Ticker:
             now = time.monotonic()
             logger.info("Generation throughput: %.1f tokens/s", (generated - last) / (now - last_s))
             last, last_s = generated, now
+
+
+def _operations(pl_module: LightningModule) -> float:
+    """Counted by the module so far; 0 by one that does not count."""
+    counted: Any = getattr(pl_module, "operations", 0.0)
+    return float(counted)
 
 
 def _peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:

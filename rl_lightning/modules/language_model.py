@@ -69,8 +69,8 @@ class LanguageModule(LightningModule):
         model: the Hugging Face model, there after `configure_model`.
         step_statistics: numbers of the last training step over all ranks, by the names in the documentation.
         step_histograms: distributions of the last training step over all ranks.
-        step_operations: floating-point operations of this rank's passes in the last training step, see `Operations`; of the
-            whole model where it is cut over ranks.
+        operations: floating-point operations of this rank's passes so far, see `Operations`; of the whole model where it is
+            cut over ranks.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class LanguageModule(LightningModule):
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
         self.step_histograms: dict[str, Tensor] = {}
-        self.step_operations = 0.0
+        self.operations = 0.0
         self._graphs = 0
 
     def remember(self, **options: Any) -> None:
@@ -156,10 +156,6 @@ class LanguageModule(LightningModule):
             keep_freed_memory()
         self._graphs = compiled_graphs()
         self.speed_up([model for model, _ in self.trained()])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Operations are counted by step."""
-        self.step_operations = 0.0
 
     def speed_up(self, models: Sequence[torch.nn.Module]) -> None:
         """Compiles the layers of `models` where wanted, and decides about the activations of those that are trained."""
@@ -226,7 +222,7 @@ class LanguageModule(LightningModule):
         scored = []
         for micro in micro_batches:
             scored.append((micro.sources, scorer(micro)))
-            self.step_operations += operations.forward(micro)
+            self.operations += operations.forward(micro)
         for sources, found in scored:  # only now, so that the device need not be waited for in between
             values[sources] = found[: len(sources)].double().cpu()
         return values
@@ -284,7 +280,7 @@ class LanguageModule(LightningModule):
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             for micro in micro_batches:
                 self.manual_backward(loss(micro))
-                self.step_operations += operations.training(micro)
+                self.operations += operations.training(micro)
                 is_any = True
         return is_any
 

@@ -58,11 +58,11 @@ def test_frozen_weights_take_no_gradient(tmp_path: Path) -> None:
     assert operations.trained_weights < operations.weights / 2 and operations.trained_head == 0
 
 
-def trained(path: str, batch: Batch, *, share: bool = True, ppo: PPOConfig = ONE_UPDATE, **options: Any) -> Alone:
-    """After a step of 10 s on a device of a million operations a second."""
+def trained(path: str, *batches: Batch, share: bool = True, ppo: PPOConfig = ONE_UPDATE, **options: Any) -> Alone:
+    """After steps of 10 s on a device of a million operations a second."""
     ticks = iter(range(0, 1000, 10))
     module = Alone(path, ppo=ppo, share_prompts=share, **options)
-    fit(module, [batch], callbacks=[Throughput(clock=lambda: float(next(ticks)), peak_flops=1e6)])
+    fit(module, batches, callbacks=[Throughput(clock=lambda: float(next(ticks)), peak_flops=1e6)])
     return module
 
 
@@ -71,15 +71,22 @@ def test_mfu_is_of_what_a_step_runs(tmp_path: Path, share: bool) -> None:
     batch = make_batch()
     module = trained(write_model(tmp_path), batch, share=share)
     everything = make_micro_batch(batch, range(batch.n_seqs), share_prompts=share)
-    assert module.step_operations == Operations.of(module.model).training(everything)
-    assert module.step_statistics["throughput/mfu"] == pytest.approx(module.step_operations / 10 / 1e6)
+    assert module.operations == Operations.of(module.model).training(everything)
+    assert module.step_statistics["throughput/mfu"] == pytest.approx(module.operations / 10 / 1e6)
     assert module.step_statistics["throughput/trained_tokens_per_s"] == len(batch.token_ids) / 10
+
+
+def test_every_step_has_its_own_mfu(tmp_path: Path) -> None:
+    path, small, large = write_model(tmp_path), make_batch(n_groups=1), make_batch(n_groups=6)
+    [alone, together] = [trained(path, *batches) for batches in ([small], [large, small])]
+    assert together.step_statistics["throughput/mfu"] == pytest.approx(alone.step_statistics["throughput/mfu"])
+    assert together.operations > 3 * alone.operations
 
 
 def test_passes_that_only_score_count_a_third(tmp_path: Path) -> None:
     path, batch = write_model(tmp_path), make_batch()
-    alone = trained(path, batch).step_operations
-    with_reference = trained(path, batch, ppo=replace(ONE_UPDATE, kl_ctl=0.1)).step_operations
+    alone = trained(path, batch).operations
+    with_reference = trained(path, batch, ppo=replace(ONE_UPDATE, kl_ctl=0.1)).operations
     assert with_reference == pytest.approx(4 / 3 * alone)
 
 
@@ -90,4 +97,4 @@ def test_a_critic_counts_without_the_vocabulary(tmp_path: Path) -> None:
     assert (critic.weights, critic.pair, critic.head) == (actor.weights, actor.pair, 32)
     micro = make_micro_batch(batch, range(batch.n_seqs), share_prompts=True)
     at_least = actor.training(micro) + critic.training(micro) + critic.forward(micro)  # and the ends of truncated answers
-    assert at_least <= module.step_operations < 1.1 * at_least
+    assert at_least <= module.operations < 1.1 * at_least
