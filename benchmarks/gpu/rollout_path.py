@@ -66,26 +66,33 @@ def parse() -> argparse.Namespace:
 
 
 async def measure(args: argparse.Namespace, model: str) -> None:
-    """Turns of all ways on one server."""
+    """Turns of all ways on one server, until they are done or the time is up, also in the middle of a turn."""
     from rl_lightning.engines.sglang import SGLangEngine
 
-    ends = time.monotonic() + args.budget_s
+    ends = asyncio.get_running_loop().time() + args.budget_s
     server = server_args(args.cpu, 0, **({} if args.cpu else {"mem_fraction_static": 0.8}))
     engine = SGLangEngine(device="cpu" if args.cpu else "auto", server_args=server, api_key="benchmark")
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
-        await engine.start(model)
-        for turn in range(1 + args.turns):
-            for name, way in WAYS.items():
-                if time.monotonic() > ends:
-                    logger.warning("out of time in turn %d", turn)
-                    return
-                rate = await take_turn(args, way, model, engine)
-                if turn:
-                    rates[name].append(rate)
-            write_results(args, "rollout_path.py", summarise(rates), COLUMNS, task=task(args), rates=rates)
+        async with asyncio.timeout_at(ends) as budget:
+            await engine.start(model)
+            await take_turns(args, model, engine)
+    except TimeoutError:
+        if not budget.expired():
+            raise
+        logger.warning("out of time")
     finally:
         await engine.stop()
+
+
+async def take_turns(args: argparse.Namespace, model: str, engine: SGLangEngine) -> None:
+    """Every way in turn; results are written after each turn that counts, which the first of a way does not."""
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(1 + args.turns):
+        for name, way in WAYS.items():
+            rate = await take_turn(args, way, model, engine)
+            if turn:
+                rates[name].append(rate)
+                write_results(args, "rollout_path.py", summarise(rates), COLUMNS, task=task(args), rates=rates)
 
 
 async def take_turn(args: argparse.Namespace, way: Way, model: str, engine: SGLangEngine) -> float:

@@ -97,6 +97,12 @@ class PackedLayout:
         return len(self._positions)
 
     @property
+    def n_pairs(self) -> int:
+        """How many pairs of tokens there are of which one sees the other, or itself."""
+        own = sum(n * (n + 1) // 2 for n in self._lengths)
+        return own + sum(self._lengths[k] * self._lengths[p] for k, p in enumerate(self._parents) if p != k)
+
+    @property
     def blocks(self) -> list[AttentionBlock]:
         """The attention of all tokens as few padded batches; every token is a query exactly once."""
         if self._blocks is None:

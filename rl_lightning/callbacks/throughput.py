@@ -16,9 +16,6 @@ from rl_lightning.callbacks.share import tensor_size
 
 logger = logging.getLogger(__name__)
 
-FLOPS_PER_PARAMETER_AND_TOKEN = 6
-"""Forward and backward pass of a decoder, without attention scores and recomputation (arXiv 2001.08361)."""
-
 
 @runtime_checkable
 class RolloutStatistics(Protocol):
@@ -38,31 +35,42 @@ class Throughput(Callback):
     | `time/rollout_wait`, `throughput/trainer_idle_share` | seconds of it that rank 0 waited for rollouts, and their share |
     | `throughput/trained_tokens_per_s` | tokens of the batch, all ranks, over `time/step` |
     | `throughput/generated_tokens_per_s` | answer tokens generated meanwhile, over `time/step` |
-    | `throughput/mfu` | 6 * parameters (a tensor-parallel rank's share) * tokens of rank 0 over `time/step` and the peak |
+    | `throughput/mfu` | operations of rank 0, or its share among tensor-parallel ranks, over `time/step` and the peak |
     | `rollout/...` | the datamodule's own counters and gauges |
 
     Args:
         interval_s: seconds between two `Generation throughput` lines.
         clock: seconds on a clock that only moves forward.
+        peak_flops: floating-point operations per second that the device can do; None: of the GPU, where Lightning knows it.
     """
 
-    def __init__(self, interval_s: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        interval_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        peak_flops: float | None = None,
+    ) -> None:
         self.interval_s = interval_s
         self._clock = clock
         self._ticker: _Ticker | None = None
         self._last_s = clock()
         self._last_generated = 0.0
-        self._peak_flops: float | None = None
+        self._last_operations = 0.0
+        self.peak_flops = peak_flops
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and, on rank 0 with a rollout datamodule, the line every `interval_s`."""
         self._last_s = self._clock()
-        self._peak_flops = _peak_flops(trainer, pl_module)
+        self.peak_flops = self.peak_flops or _peak_flops(trainer, pl_module)
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.is_global_zero and isinstance(datamodule, RolloutStatistics):
             self._last_generated = 0.0
             self._ticker = _Ticker(datamodule, self.interval_s)
             self._ticker.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Operations of a validation before this step are none of it."""
+        self._last_operations = _operations(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures the step that ends."""
@@ -104,9 +112,9 @@ class Throughput(Callback):
             "throughput/trainer_idle_share": min(1.0, wait_s / step_s),
             "throughput/trained_tokens_per_s": all_tokens / step_s,
         }
-        if self._peak_flops:
-            n_parameters = sum(p.numel() for p in pl_module.parameters()) / tensor_size(pl_module)
-            statistics["throughput/mfu"] = FLOPS_PER_PARAMETER_AND_TOKEN * n_parameters * n_tokens / step_s / self._peak_flops
+        operations = (_operations(pl_module) - self._last_operations) / tensor_size(pl_module)
+        if self.peak_flops and operations:
+            statistics["throughput/mfu"] = operations / step_s / self.peak_flops
         return statistics
 
 
@@ -137,6 +145,12 @@ class _Ticker:
             now = time.monotonic()
             logger.info("Generation throughput: %.1f tokens/s", (generated - last) / (now - last_s))
             last, last_s = generated, now
+
+
+def _operations(pl_module: LightningModule) -> float:
+    """Counted by the module so far; 0 by one that does not count."""
+    counted: Any = getattr(pl_module, "operations", 0.0)
+    return float(counted)
 
 
 def _peak_flops(trainer: Trainer, pl_module: LightningModule) -> float | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from rl_lightning.engines.answer import Answer, Decode
@@ -24,6 +23,7 @@ from rl_lightning.engines.sglang_args import (
 )
 from rl_lightning.engines.sglang_client import SGLangClient
 from rl_lightning.engines.sglang_hold import can_hold
+from rl_lightning.engines.sglang_memory import ServerMemory
 from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.engines.sglang_process import SGLangProcess
 from rl_lightning.engines.sglang_receiver import Receiver, target_of
@@ -113,9 +113,10 @@ class SGLangEngine:
         self._client: SGLangClient | None = None
         self._gate: GenerationGate | None = None
         self._pause: Pause | None = None
+        self._memory: ServerMemory | None = None
         self._receiver: Receiver | None = None
         self._target = WeightTarget()
-        self._yields = self._asleep = False
+        self._yields = False
         self._flight = InFlight()
         self._prefixes = PrefixSharing(self._prefill)
         self._model_path = self._cache = ""
@@ -132,12 +133,13 @@ class SGLangEngine:
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
-        self._model_path, self._decoder, self._asleep = model_path, None, False
+        self._model_path, self._decoder = model_path, None
         self._cache = uuid.uuid4().hex  # a server may outlive its engine, and versions begin again
         self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()
         try:
             self._client = self._connect(model_path)
             self._pause = Pause(self._client, self._gate, self._flight)
+            self._memory = ServerMemory(self._client, self._pause)
             async with asyncio.timeout(self.start_timeout_s):
                 await self._until_ready()
         except TimeoutError:
@@ -169,14 +171,14 @@ class SGLangEngine:
 
     async def update_weights(self, update: WeightUpdate) -> float:
         """See `Engine.update_weights`."""
-        client, gate = self._parts()
-        assert self._pause is not None and self._receiver is not None
+        _, gate = self._parts()
+        assert self._pause is not None and self._memory is not None and self._receiver is not None
         try:
             async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
                 started = time.monotonic()
                 cache = self._cache_of(update.version)
-                async with self._pause.interrupted(update.version, asleep=self._asleep, cache=cache):
-                    async with self._awake():
+                async with self._pause.interrupted(update.version, asleep=self._memory.asleep, cache=cache):
+                    async with self._memory.resumed():
                         sent = await load()
                     await self._receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
@@ -191,19 +193,16 @@ class SGLangEngine:
 
     async def yield_memory(self) -> None:
         """See `YieldsMemory`."""
-        client, _ = self._parts()
-        assert self._pause is not None
-        if not self._yields or self._asleep:
+        self._parts()
+        assert self._memory is not None
+        if not self._yields:
             return
         try:
             async with asyncio.timeout(self.sync_timeout_s):
-                await self._pause.end_requests()
-                await client.flush()  # succeeds once nothing runs, which the server insists on
-                await client.release_memory()
+                await self._memory.release()
         except TimeoutError:
             waited = f"SGLang did not let go of its memory within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
             raise EngineError(waited) from None
-        self._asleep = True
 
     async def health(self) -> None:
         """See `Engine.health`: an idle engine samples a token, a busy one is asked through its scheduler."""
@@ -306,18 +305,6 @@ class SGLangEngine:
     def _cache_of(self, version: int) -> str | None:
         """Name of what answers that begin under `version` share; None: all share one cache, which updates empty."""
         return f"{self._cache}.{version}" if self.keep_cache else None
-
-    @asynccontextmanager
-    async def _awake(self) -> AsyncIterator[None]:
-        """Memory for weights before, and for the rest after: what the weights come from may take as much."""
-        client, _ = self._parts()
-        if not self._asleep:
-            yield
-            return
-        await client.resume_memory("weights")
-        yield
-        await client.resume_memory("kv_cache", "cuda_graph")
-        self._asleep = False
 
     async def _decode_for(self, params: SamplingParams) -> Decode | None:
         if params.stop and self._decoder is None:

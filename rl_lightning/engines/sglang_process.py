@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+FOLDERS = "rl-lightning-sglang-"
+"""How names of temporary folders begin; those of owners that were killed are removed by the next server to start."""
 
 
 class SGLangProcess(ServerProcess):
@@ -30,6 +31,7 @@ class SGLangProcess(ServerProcess):
         server_args: further arguments of SGLang's server by their names.
         api_key: what it wants of its clients; None takes a random one.
         log_path: takes what it prints; None keeps that in a temporary file until it is stopped.
+        env: further changes to its environment.
 
     Attributes:
         url: where it listens, on this machine only.
@@ -44,9 +46,10 @@ class SGLangProcess(ServerProcess):
         server_args: Mapping[str, Any],
         api_key: str | None = None,
         log_path: str | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._port = socket.socket()  # held, so that nobody else takes it until the server listens
-        self._folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        self._folder = OwnedFolder(FOLDERS)
         try:
             self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._port.bind((HOST, 0))
@@ -54,8 +57,9 @@ class SGLangProcess(ServerProcess):
             self.url, self.api_key = f"http://{HOST}:{number}", api_key or secrets.token_urlsafe(32)
             command = server_command(model_path, number, device, dtype, server_args)
             saver = any(value for name, value in server_args.items() if name.replace("-", "_") == "enable_memory_saver")
-            env = server_env(device, self.api_key, self._folder, math.prod(parallel_sizes(server_args)), saver=saver)
-            super().__init__(command, self._folder / "server.log" if log_path is None else Path(log_path), env)
+            needed = server_env(device, self.api_key, self._folder.path, math.prod(parallel_sizes(server_args)), saver=saver)
+            log = self._folder.path / "server.log" if log_path is None else Path(log_path)
+            super().__init__(command, log, {**needed, **(env or {})})
         except BaseException:
             self._leave_nothing()
             raise
@@ -70,4 +74,4 @@ class SGLangProcess(ServerProcess):
 
     def _leave_nothing(self) -> None:
         self._port.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -232,11 +233,11 @@ class AsyncPPOModule(PolicyObjective):
         """What reference and critic say before anything is updated."""
         ref_logprobs, values, last_values = None, None, None
         if (reference := self.reference) is not None:
-            everything, limit = range(batch.n_seqs), self.ref_max_tokens_per_mb
-            ref_logprobs = self.by_token(batch, everything, lambda micro: reference.score(micro, self.temperature), limit)
+            everything, scorer = range(batch.n_seqs), partial(reference.score, temperature=self.temperature)
+            ref_logprobs = self.by_token(batch, everything, reference.model, scorer, self.ref_max_tokens_per_mb)
         if self.critic is not None:
             longer, tokens, ends = with_end_tokens(batch)
-            output = self.by_token(longer, range(batch.n_seqs), self.critic, self.critic_max_tokens_per_mb)
+            output = self.by_token(longer, range(batch.n_seqs), self.critic, self.critic, self.critic_max_tokens_per_mb)
             said = self.critic.values(output)
             values, last_values = said[tokens], torch.where(ends >= 0, said[ends], 0.0)
         return ScoredBatch.of(batch, ref_logprobs=ref_logprobs, values=values, last_values=last_values)

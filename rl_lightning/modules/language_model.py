@@ -18,16 +18,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from rl_lightning.batching.micro_batch import MicroBatch, make_micro_batch, pack_micro_batches
+from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, checkpoint_layers, level_of, plan_levels
 from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
+from rl_lightning.models.operations import Operations
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.counted_step import counted_once
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.hyperparameters import as_config, as_plain
+from rl_lightning.modules.micro_batches import deal_micro_batches
 from rl_lightning.modules.model_check import check_sharded
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.prompt_sharing import shares_prompts
@@ -67,6 +69,8 @@ class LanguageModule(LightningModule):
         model: the Hugging Face model, there after `configure_model`.
         step_statistics: numbers of the last training step over all ranks, by the names in the documentation.
         step_histograms: distributions of the last training step over all ranks.
+        operations: floating-point operations of this rank's passes so far, see `Operations`; of the whole model where it is
+            cut over ranks.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class LanguageModule(LightningModule):
         self.model: Any = None
         self.step_statistics: dict[str, float] = {}
         self.step_histograms: dict[str, Tensor] = {}
+        self.operations = 0.0
         self._graphs = 0
 
     def remember(self, **options: Any) -> None:
@@ -196,33 +201,39 @@ class LanguageModule(LightningModule):
 
         A collective: all ranks call it with their own sequences.
         """
-        return self.by_token(batch, sequences, lambda micro: self.score(micro)[0], max_tokens)
+        return self.by_token(batch, sequences, self.model, lambda micro: self.score(micro)[0], max_tokens)
 
     @torch.no_grad()
-    def by_token(self, batch: Batch, sequences: Sequence[int], scorer: Scorer, max_tokens: int | None = None) -> Tensor:
-        """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective."""
+    def by_token(
+        self, batch: Batch, sequences: Sequence[int], model: torch.nn.Module, scorer: Scorer, max_tokens: int | None = None
+    ) -> Tensor:
+        """(T,) float64 of what `scorer` says, NaN at tokens that are not in the loss or not in `sequences`. A collective.
+
+        Args:
+            batch: on the CPU.
+            sequences: this rank's.
+            model: what `scorer` runs, whose operations are counted.
+            scorer: see `Scorer`.
+            max_tokens: most tokens of one pass; None: as in training.
+        """
+        operations = Operations.of(model)
         values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
         micro_batches = self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb)
-        scored = [(micro.sources, scorer(micro)) for micro in micro_batches]
+        scored = []
+        for micro in micro_batches:
+            scored.append((micro.sources, scorer(micro)))
+            self.operations += operations.forward(micro)
         for sources, found in scored:  # only now, so that the device need not be waited for in between
             values[sources] = found[: len(sources)].double().cpu()
         return values
 
     def micro_batches(self, batch: Batch, sequences: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-        """`sequences` of `batch` packed; equally many micro-batches on every rank, those without work get stand-ins."""
+        """`sequences` of `batch` packed; see `deal_micro_batches`. A collective."""
         share = self.share_prompts
         if share is None:
             where: dict[str, Any] = {"device": self.device, "dtype": self.compute_dtype, "config": self.model.config}
             share = shares_prompts(batch, sequences, **where)
-        packed = pack_micro_batches(batch, sequences, max_tokens, share_prompts=share)
-        wanted = self.ranks.max(len(packed), self.device)
-        if 0 < len(packed) < wanted:
-            finer = pack_micro_batches(batch, sequences, max_tokens, min_groups=wanted, share_prompts=share)
-            packed = finer if len(finer) <= wanted else packed
-        for chosen in packed:
-            yield make_micro_batch(batch, chosen, share_prompts=share, device=self.device)
-        for _ in range(wanted - len(packed)):
-            yield MicroBatch.empty(self.device)
+        return deal_micro_batches(batch, sequences, max_tokens, share_prompts=share, ranks=self.ranks, device=self.device)
 
     # -- updating
 
@@ -248,7 +259,7 @@ class LanguageModule(LightningModule):
         """
         (model, config), optimizer = self.trained()[of], self._optimizers()[of]
         optimizer.zero_grad()
-        if not self._accumulate(micro_batches, loss) or (admit is not None and not admit()):
+        if not self._accumulate(model, micro_batches, loss) or (admit is not None and not admit()):
             return None
         trained = trained_by(optimizer.optimizer)
         if self.sharding is None:
@@ -262,13 +273,14 @@ class LanguageModule(LightningModule):
             logger.warning("the gradient's norm is %s: the weights stay as they are", norm)
         return norm
 
-    def _accumulate(self, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
+    def _accumulate(self, model: torch.nn.Module, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
         """Backward passes over all micro-batches, gradients left on their rank; whether there was any."""
-        is_any = False
+        is_any, operations = False, Operations.of(model)
         # DDP would share gradients in every backward pass, and wait for those of models that took no part in it
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             for micro in micro_batches:
                 self.manual_backward(loss(micro))
+                self.operations += operations.training(micro)
                 is_any = True
         return is_any
 

@@ -16,8 +16,9 @@ from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.engine_choice import choose_transport, make_engine
 from rl_lightning.rollout.fleet_owner import FleetOwner
-from rl_lightning.rollout.loader import Agree, EvaluationLoader, Resync, RolloutLoader
+from rl_lightning.rollout.loader import EvaluationLoader, RolloutLoader
 from rl_lightning.rollout.roster import SchedulePolicy
+from rl_lightning.rollout.share_wait import Resync, ShareWait
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, Workflow
 from rl_lightning.types import RolloutGroup, SamplingParams
 
@@ -224,8 +225,7 @@ class RolloutDataModule(FleetOwner):
         """This rank's batches of one epoch."""
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        timeout_s, agree = self.batch_timeout_s, self._agree()
-        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, timeout_s, self._resync, agree)
+        return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, self._share_wait())
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """This rank's share of the validation prompts, answered; nothing where there are none."""
@@ -234,8 +234,7 @@ class RolloutDataModule(FleetOwner):
             return []
         assert self.fleet is not None
         rank, world_size = self._ranks()
-        n_prompts, timeout_s, agree = len(self.validation_prompts), self.batch_timeout_s, self._agree()
-        return EvaluationLoader(self.fleet, self._step, n_prompts, rank, world_size, timeout_s, self._resync, agree)
+        return EvaluationLoader(self.fleet, self._step, len(self.validation_prompts), rank, world_size, self._share_wait())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """A synchronous trainer has the GPU to itself while it works, as far as an engine on it can make room."""
@@ -330,10 +329,10 @@ class RolloutDataModule(FleetOwner):
     def _step(self) -> int:
         return self._trainer.global_step
 
-    def _agree(self) -> Agree | None:
-        """Where each trainer rank holds a piece of the model, all of them take part in sending it."""
+    def _share_wait(self) -> ShareWait:
+        """Where each trainer rank holds a piece of the model, all of them take part in sending it, and wait together."""
         is_in_pieces = getattr(self._trainer.lightning_module, "sharding", None) is not None
-        return self._trainer.strategy.broadcast if is_in_pieces else None
+        return ShareWait(self.batch_timeout_s, self._resync, self._trainer.strategy.broadcast if is_in_pieces else None)
 
     def _resync(self, workers: Any) -> None:
         if self.resync is not None:

@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.rollout.errors import RolloutError, StepLostError
-from rl_lightning.rollout.share import Share, Waiting
+from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.share import Share
+from rl_lightning.rollout.share_wait import ShareWait
 from rl_lightning.types import Batch, RolloutGroup
 
 if TYPE_CHECKING:
     from rl_lightning.rollout.fleet import RolloutFleet
 
-logger = logging.getLogger(__name__)
-
-Resync = Callable[[Sequence[tuple[str, Any]]], None]
-"""Sends the current weights to these workers (name, handle)."""
-
-Agree = Callable[[Any], Any]
-"""A collective: gives every rank what rank 0 put in."""
-
 POLL_S = 5.0
-PROGRESS_S = 30.0
 FETCH_TIMEOUT_S = 60.0
 MOST_LOSSES = 5
 """Fetches of one batch, one after the other, that may miss answers: nodes die one by one, a network that is cut stays cut."""
-
-
-def await_share(
-    ask: Callable[[], Share | Waiting], resync: Resync | None, timeout_s: float, what: str, agree: Agree | None = None
-) -> Share:
-    """Asks until there is a share, sending weights to workers that came back without them.
-
-    Args:
-        ask: waits a little for this rank's share.
-        resync: see `Resync`.
-        timeout_s: longest wait.
-        what: is waited for.
-        agree: where all ranks take part in sending weights, gives them rank 0's view of whether to wait; None: each its own.
-
-    Raises:
-        RolloutError: none within `timeout_s`; says what was missing.
-    """
-    started = told = time.monotonic()
-    answer = ask()
-    while (waiting := agree(_waiting(answer)) if agree is not None else _waiting(answer)) is not None:
-        now = time.monotonic()
-        if now - started > timeout_s:
-            raise RolloutError(f"no {what} within {timeout_s:.0f} s: {waiting.report}")
-        if now - told > PROGRESS_S:
-            told = now
-            logger.info("waiting for %s since %.0f s: %s", what, now - started, waiting.report)
-        if waiting.unsynced and resync is not None:
-            resync(waiting.unsynced)
-        answer = answer if isinstance(answer, Share) else ask()
-    # rank 0 has its share, so this one's is there too
-    return answer if isinstance(answer, Share) else await_share(ask, None, timeout_s, what)
-
-
-def _waiting(answer: Share | Waiting) -> Waiting | None:
-    return answer if isinstance(answer, Waiting) else None
 
 
 def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[RolloutGroup], list[int]]:
@@ -88,16 +44,6 @@ def fetch(share: Share, timeout_s: float = FETCH_TIMEOUT_S) -> tuple[list[Rollou
     return groups, lost
 
 
-def check_lost(lost: Sequence[int], agree: Agree | None) -> None:
-    """Answers may be waited for anew only by a rank that waits for itself, and whose share no other rank has too.
-
-    Raises:
-        StepLostError: all ranks wait together, and those that have their answers have gone on.
-    """
-    if lost and agree is not None:
-        raise StepLostError(f"the answers of {len(lost)} prompts were lost with their node; go on from the checkpoint")
-
-
 def cut_off(what: str) -> RolloutError:
     """Of answers that were generated and never arrive."""
     return RolloutError(
@@ -114,9 +60,7 @@ class RolloutLoader:
         step: the trainer's finished steps, asked before every batch.
         length: steps of an epoch.
         rank, world_size: of data parallelism.
-        timeout_s: longest wait for one batch.
-        resync: see `Resync`; None on ranks that do not publish.
-        agree: see `await_share`.
+        wait: for each batch.
     """
 
     def __init__(
@@ -126,13 +70,10 @@ class RolloutLoader:
         length: int,
         rank: int,
         world_size: int,
-        timeout_s: float,
-        resync: Resync | None,
-        agree: Agree | None = None,
+        wait: ShareWait,
     ) -> None:
         self._fleet, self._step, self._length = fleet, step, length
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
-        self._resync, self._agree = resync, agree
+        self._rank, self._world_size, self._wait = rank, world_size, wait
         self._resume_at, self._first_step = 0, step()
 
     def __len__(self) -> int:
@@ -150,17 +91,13 @@ class RolloutLoader:
             groups, lost = fetch(self._take(version))
             if not lost:
                 return replace(collate(groups), version=version, wait_s=time.monotonic() - started)
-            check_lost(lost, self._agree)
+            self._wait.check_lost(lost)
             self._fleet.call("lost", version, self._rank, lost)
         raise cut_off(f"step {version + 1}")
 
     def _take(self, version: int) -> Share:
-        share = await_share(
-            lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S),
-            self._resync,
-            self._timeout_s,
-            f"batch for step {version + 1}",
-            self._agree,
+        share = self._wait.until(
+            lambda: self._fleet.call("take", version, self._rank, self._world_size, POLL_S), f"batch for step {version + 1}"
         )
         self._fleet.state = share.state
         return share
@@ -187,12 +124,10 @@ class EvaluationLoader:
         n_prompts: int,
         rank: int,
         world_size: int,
-        timeout_s: float,
-        resync: Resync | None,
-        agree: Agree | None = None,
+        wait: ShareWait,
     ) -> None:
         self._fleet, self._step, self._positions = fleet, step, list(range(rank, n_prompts, world_size))
-        self._timeout_s, self._resync, self._agree = timeout_s, resync, agree
+        self._wait = wait
 
     def __len__(self) -> int:
         return 1
@@ -209,15 +144,11 @@ class EvaluationLoader:
                 batch = collate([answered[position] for position in self._positions])
                 yield replace(batch, version=self._step(), wait_s=time.monotonic() - started)
                 return
-            check_lost(lost, self._agree)
+            self._wait.check_lost(lost)
         raise cut_off("the validation")
 
     def _answers(self, positions: list[int]) -> Share:
         evaluation = self._fleet.call("begin_evaluation", positions)
-        return await_share(
-            lambda: self._fleet.call("take_evaluation", evaluation, POLL_S),
-            self._resync,
-            self._timeout_s,
-            f"validation of {len(positions)} prompts",
-            self._agree,
+        return self._wait.until(
+            lambda: self._fleet.call("take_evaluation", evaluation, POLL_S), f"validation of {len(positions)} prompts"
         )

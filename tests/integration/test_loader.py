@@ -11,6 +11,7 @@ import ray
 from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.loader import MOST_LOSSES, RolloutLoader, fetch
 from rl_lightning.rollout.share import Share
+from rl_lightning.rollout.share_wait import ShareWait
 
 NEVER_S = 1000.0
 
@@ -43,7 +44,7 @@ def test_what_never_arrives_is_not_asked_for_for_ever(never: Any, monkeypatch: p
 
     fleet: Any = Fleet()
     monkeypatch.setattr("rl_lightning.rollout.loader.fetch", lambda share: fetch(share, 0.1))
-    loader = RolloutLoader(fleet, lambda: 0, 1, rank=0, world_size=1, timeout_s=60, resync=None)
+    loader = RolloutLoader(fleet, lambda: 0, 1, rank=0, world_size=1, wait=ShareWait(60))
     with pytest.raises(RolloutError, match="answers for step 1 were generated and did not arrive"):
         next(iter(loader))
     assert fleet.lost == [(0, 0, [0])] * MOST_LOSSES

@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
+from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
 
 NAP = "import time; print('up', flush=True); time.sleep(60)"
@@ -45,3 +48,19 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
     psutil.wait_procs([server], timeout=5)
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_folder_of_a_killed_owner_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    imports = "import time; from rl_lightning.engines.owned_folder import OwnedFolder"
+    owner = f"{imports}; folder = OwnedFolder('test-'); print(folder.path, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        (theirs / "server.log").write_text("left behind")
+        beside = OwnedFolder("test-")
+        assert theirs.parent == tmp_path and theirs.exists()
+        os.kill(process.pid, signal.SIGKILL)
+    next_one = OwnedFolder("test-")
+    assert set(tmp_path.iterdir()) == {beside.path, next_one.path}

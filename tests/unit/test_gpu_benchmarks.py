@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ import async_vs_sync  # noqa: E402
 import gpu_20_steps  # noqa: E402
 import interrupt  # noqa: E402
 import learning  # noqa: E402
+import rollout_path  # noqa: E402
 import shared_prompts  # noqa: E402
 import steps_of_log  # noqa: E402
 from learning_imitator import Imitator, write_examples, write_model  # noqa: E402
@@ -187,3 +191,22 @@ def test_ways_of_updating_are_compared_with_none_and_with_waiting() -> None:
     assert (none["share"], keep["share"], keep["updates"]) == (1.0, 0.9, 2) and "updates" not in none and "gain" not in keep
     *_, waits = rows = interrupt.summarise([*periods, {"way": interrupt.WAIT, "tokens": 120, **period, "drain_s": 4.0}])
     assert [row["gain"] for row in rows] == pytest.approx([200 / 120, 1.5, 1.0]) and waits["drain_s"] == 4.0
+
+
+def test_a_turn_that_hangs_costs_none_that_came_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["rollout_path", "--cpu", "--out", str(tmp_path / "out.json")])
+    args, turns = rollout_path.parse(), iter(range(100))
+
+    async def way(*_: Any) -> None:
+        if next(turns) == 4:
+            raise TimeoutError
+
+    async def flush() -> None:
+        pass
+
+    monkeypatch.setattr(rollout_path, "WAYS", {"a": way, "b": way, "c": way})
+    engine: Any = SimpleNamespace(_client=SimpleNamespace(flush=flush))
+    with pytest.raises(TimeoutError):
+        asyncio.run(rollout_path.take_turns(args, "model", engine))
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["way"], row["turns"], row["share"]) for row in written["rows"]] == [("a", 1, 1.0)]

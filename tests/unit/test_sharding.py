@@ -14,6 +14,7 @@ from training_samples import make_batch, write_model
 
 from rl_lightning.batching.micro_batch import make_micro_batch
 from rl_lightning.models import sharded_loading
+from rl_lightning.models.operations import Operations
 from rl_lightning.models.packed_model import load_packed, score_targets
 from rl_lightning.models.sharding import Sharding, by_mesh, is_sharded, piece_of, piece_size, whole
 from rl_lightning.models.value_model import ValueModel
@@ -40,6 +41,7 @@ def test_a_model_in_pieces_scores_as_a_whole_one(sharding: Sharding, tmp_path: P
     weights = dict(pieces.named_parameters())
     assert weights.keys() == dict(plain.named_parameters()).keys()
     assert all(is_sharded(weight) for weight in weights.values())
+    assert Operations.of(pieces) == Operations.of(plain)
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(whole(weights[name].grad), weight.grad, rtol=1e-9, atol=1e-12)
 
