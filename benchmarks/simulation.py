@@ -3,14 +3,15 @@
     python benchmarks/simulation.py
 
 Engines and trainer are fakes with measured speeds (`simulation_inputs.py`, which says where each number is from); StalenessGate,
-RolloutLedger, WorkerRoster and RolloutController are the ones of a run, on an event loop that jumps from timer to timer. Five
+RolloutLedger, WorkerRoster and RolloutController are the ones of a run, on an event loop that jumps from timer to timer. Six
 questions, under two minutes of one core:
 
 1. AReaL's table of tokens/s over eta on 8 GPUs: is its shape what these inputs give? One factor is fitted, to eta 0.
 2. Which split of the GPUs between generation and training is best, and who waits in the others?
 3. How does that hang on the lengths of the answers, which are the input that is least known?
 4. How many prompts must be in flight, and how long does one take then?
-5. What do 1 to 512 engines make of the same batch?
+5. And on one engine, whose batch is small?
+6. What do 1 to 512 engines make of the same batch?
 
 Needs matplotlib for the plot (`rl-lightning[benchmarks]`).
 """
@@ -43,6 +44,12 @@ SPLIT_ETAS = (0, 1, 4, 16)
 SPREADS, LENGTH_ETAS = (0.6, 1.1), (0, 1, 16)
 IN_FLIGHT = (0.125, 0.25, 0.5, 1.0)
 """Shares of a batch that may be in flight."""
+
+SMALL_BATCHES, SMALL_ANSWERS, SMALL_ETAS = (16, 32, 64), 8, (1, 2, 4)
+"""Prompts and answers of a step that one engine and one trainer take."""
+
+SMALL_IN_FLIGHT = (1.0, 1.5, 2.0)
+"""Batches of those in flight."""
 
 SCALE_ETAS, SCALE_STEPS = (0, 1, 4, 16), 8
 WIDE_FROM, WIDE = 64, 4
@@ -88,6 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "splits": splits,
         "lengths": [{"spread": setup.workload.spread, **summary(setup, LENGTH_ETAS)} for setup in lengths],
         "in_flight": [in_flight(setups[best], share) for share in IN_FLIGHT],
+        "small": [small_batch(prompts, batches, workload) for prompts in SMALL_BATCHES for batches in SMALL_IN_FLIGHT],
         "scale": [row for engines in args.engines for row in scale_out(engines, workload)],
         "cpu_s": round(time.process_time() - began_s, 1),
     }
@@ -103,6 +111,13 @@ def in_flight(setup: Setup, share: float) -> dict[str, Any]:
     """The same run with at most `share` of a batch in flight."""
     concurrent = max(1, round(share * setup.batch))
     return {"concurrent": concurrent, **summary(replace(setup, concurrent=concurrent), [SHOWN_ETA])}
+
+
+def small_batch(prompts: int, batches: float, workload: Workload) -> dict[str, Any]:
+    """One engine and one trainer, with `batches` of so few prompts in flight."""
+    small = replace(workload, prompts=prompts, answers=SMALL_ANSWERS)
+    setup = Setup(1, 1, 0, 2 * SCALE_STEPS, concurrent=round(batches * prompts), workload=small)
+    return {"prompts": prompts, "answers": SMALL_ANSWERS, "batches_in_flight": batches, **summary(setup, SMALL_ETAS)}
 
 
 def scale_out(engines: int, workload: Workload) -> list[dict[str, Any]]:

@@ -60,6 +60,19 @@ def in_flight_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def small_table(result: dict[str, Any]) -> str:
+    """Thousand tokens/s of one engine and one trainer by prompts in flight, and the staleness at `SHOWN_ETA`."""
+    etas = [run["eta"] for run in result["small"][0]["runs"]]
+    head = " | ".join(["prompts x answers", "in flight", *(f"eta {eta}" for eta in etas), "staleness", "longest lease"])
+    lines = [f"| {head} |", "|" + "---|" * (len(etas) + 4)]
+    for row in result["small"]:
+        run = row["runs"][etas.index(SHOWN_ETA)]
+        size = f"{row['prompts']} x {row['answers']} | {row['batches_in_flight']:g} B"
+        seen = f"{run['staleness_mean']:.1f}, at most {run['staleness_max']} | {run['longest_lease_s']:,} s"
+        lines.append(f"| {size} | {thousands(row['runs'], etas)} | {seen} |")
+    return "\n".join(lines)
+
+
 def scale_table(result: dict[str, Any]) -> str:
     """Thousand tokens/s by number of engines."""
     etas = [run["eta"] for run in result["scale"][0]["runs"]]
@@ -115,6 +128,13 @@ What eta brings on {best["engines"]} + {best["trainers"]} GPUs, when answers var
 On {best["engines"]} + {best["trainers"]} GPUs at eta {SHOWN_ETA}, with less than a batch in flight (`max_concurrent_rollouts`).
 
 {in_flight_table(result)}
+
+## Small batches
+
+One engine and one trainer. A group waits for its longest answer, so that fewer answers run at a time than are in flight.
+Staleness and the longest lease are those of eta {SHOWN_ETA}.
+
+{small_table(result)}
 
 ## 1 to 512 engines
 

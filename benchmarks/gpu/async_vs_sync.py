@@ -3,7 +3,7 @@
     python benchmarks/gpu/async_vs_sync.py                            # 2 GPUs: one generates, one trains; weights by NCCL
     python benchmarks/gpu/async_vs_sync.py --layout colocated         # 1 GPU does both; weights through its memory
 
-The model has a real one's shape and random weights, so an answer never ends by itself: its length is drawn from a lognormal
+The model has a real one's shape and random weights, so an answer hardly ever ends by itself: its length is drawn from a lognormal
 distribution, a function of (seed, group, answer).  One SGLang server and one training process serve all turns: the engine
 alone (the loop with a trainer that trains nothing), the trainer alone (batches of that turn again and again, no engine at
 work), then the loop at every eta.  The first steps of a turn, in which kernels compile and the pipeline fills, are not

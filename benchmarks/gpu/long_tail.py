@@ -1,4 +1,8 @@
-"""Answers of lognormal length to random prompts: a task for models with random weights, which end no answer by themselves."""
+"""Answers of lognormal length to random prompts: a task for models with random weights.
+
+Those end one answer in some hundred by themselves, as each of 150,000 tokens is about as likely as the end.  Lengths are upper
+bounds for that, and no `min_new_tokens`: engines pay for it with every token, and training does not ask for it.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ class LongTail:
         async def answer(sample: int) -> Any:
             seed = sample_seed(lease.seed, lease.index, sample)
             length = self.length(seed)
-            params = replace(lease.params, max_new_tokens=length, min_new_tokens=length)
+            params = replace(lease.params, max_new_tokens=length)
             name = f"train-{lease.index}-{lease.submission}-{sample}"
             return await engine.generate(GenerationRequest(name, lease.prompt.token_ids, params, seed))
 

@@ -115,7 +115,7 @@ class Load:
             self._running += 1
             self._idle.clear()
             try:
-                answer = await self.engine.generate(request(self._next_number(), self.length))
+                answer = await self.engine.generate(request(self._next_number(), self.length, exact=False))
                 self.tokens, self.answers = self.tokens + len(answer), self.answers + 1
             finally:
                 self._running -= 1
@@ -127,13 +127,17 @@ class Load:
         return self._next
 
 
-def request(number: int, length: Callable[[int], int]) -> Any:
-    """Request `number`: a random prompt, and an answer of exactly the drawn length."""
+def request(number: int, length: Callable[[int], int], *, exact: bool = True) -> Any:
+    """Request `number`: a random prompt, and an answer of the drawn length, which may end before unless it is `exact`.
+
+    Exactness has its price: engines rule the end out anew for every token.
+    """
     from rl_lightning.types import GenerationRequest, SamplingParams
 
     prompt = tuple(np.random.default_rng((1, number)).integers(3, 48, PROMPT_TOKENS).tolist())
     tokens = length(number)
-    return GenerationRequest(f"r{number}", prompt, SamplingParams(max_new_tokens=tokens, min_new_tokens=tokens), seed=number)
+    params = SamplingParams(max_new_tokens=tokens, min_new_tokens=tokens if exact else 0)
+    return GenerationRequest(f"r{number}", prompt, params, seed=number)
 
 
 def write_results(args: Namespace, script: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], **more: Any) -> None:

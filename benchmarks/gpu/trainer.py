@@ -16,7 +16,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -139,6 +139,18 @@ class Measured(AsyncPPOModule):
         logger.info("%s %s %.3f s%s", step.case, step.variant, step.seconds, " (warm-up)" if step.warmup else "")
 
 
+class Cases(pl.Callback):
+    """Calls `ended` after the last step of each case, so that a run that is cut short leaves those behind it."""
+
+    def __init__(self, ended: Callable[[Measured, str], None]) -> None:
+        self.ended = ended
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step, *behind = pl_module.plan.steps[batch_idx : batch_idx + 2]
+        if not behind or behind[0].case != step.case:
+            self.ended(pl_module, step.case)
+
+
 def set_variant(module: Measured, variant: str) -> None:
     """Runs `module` as `variant` from now on."""
     compiled, level = VARIANTS[variant]
@@ -194,8 +206,8 @@ def case_lengths(case: str, args: argparse.Namespace) -> list[int]:
     return lognormal_lengths(total, median=longest / 16, sigma=1.0, longest=longest, seed=0)
 
 
-def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, Any]]:
-    """All cases and variants of one shape."""
+def run(args: argparse.Namespace, name: str, deadline: float, save: Callable[[list[dict[str, Any]]], None]) -> None:
+    """All cases and variants of one shape; saves the rows of each case when it ends."""
     shape = SHAPES[name]
     plan = make_plan(args, shape)
     with tempfile.TemporaryDirectory() as folder:
@@ -210,11 +222,14 @@ def run(args: argparse.Namespace, name: str, deadline: float) -> list[dict[str, 
             dtype=args.weights,
             compile=any(VARIANTS[variant][0] for variant in args.variants),
         )
-        make_trainer(args).fit(module, plan)
-    return [summary(name, case, variant, plan, module.optimizer_bytes) for case in args.lengths for variant in args.variants]
+
+        def ended(module: Measured, case: str) -> None:
+            save([summary(name, case, variant, plan, module.optimizer_bytes) for variant in args.variants])
+
+        make_trainer(args, Cases(ended)).fit(module, plan)
 
 
-def make_trainer(args: argparse.Namespace) -> pl.Trainer:
+def make_trainer(args: argparse.Namespace, *callbacks: pl.Callback) -> pl.Trainer:
     """A quiet Trainer of one process that goes over the plan once."""
     return pl.Trainer(
         accelerator="cpu" if args.cpu else "gpu",
@@ -225,6 +240,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        callbacks=list(callbacks),
     )
 
 
@@ -286,17 +302,21 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures shape by shape; table and JSON are written after each."""
+    """Measures shape by shape; table and JSON are written after each case."""
     args, started = parse(), time.perf_counter()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(args.shapes):
-        gc.collect()  # the shape before, whose parts know each other
-        rows += run(args, name, started + args.budget_s * (i + 1) / len(args.shapes))
+
+    def save(more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
         args.out.write_text(json.dumps({**describe(args), "rows": rows}, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(report(rows) + "\n")
         logger.info("\n%s\n", table(rows))
+
+    for i, name in enumerate(args.shapes):
+        gc.collect()  # the shape before, whose parts know each other
+        run(args, name, started + args.budget_s * (i + 1) / len(args.shapes), save)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class AsyncPPOModule(PolicyObjective):
             matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
             `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU, and on CUDA where that saves more
-            than a tenth of the tokens (half precision without sliding windows only).
+            than 15 % of the tokens (half precision without sliding windows only).
         seed: of the order in which groups are dealt to minibatches, and of new adapters.
         logprob_diff_limit: engine and trainer disagree on a token if their log-probabilities differ by more.
         lora: train adapters instead of the actor's own weights; None: train all weights.

@@ -60,7 +60,7 @@ class LanguageModule(LightningModule):
             matrix products and attention), `selective` (the MLPs' products too), `full` (or true; all of the layers), or
             `auto`: of each layer as little as the GPU's memory allows.
         share_prompts: run the prompt of answers to the same question once; None: on the CPU, and on CUDA where that saves more
-            than a tenth of the tokens (half precision without sliding windows only).
+            than 15 % of the tokens (half precision without sliding windows only).
         seed: of the order in which sequences are dealt to minibatches, and of new adapters.
         lora: train adapters instead of the model's own weights; None: train all weights.
         compile: compile the decoder layers with torch.compile, in the first step; None: on CUDA only.

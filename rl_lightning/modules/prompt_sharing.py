@@ -11,8 +11,11 @@ from rl_lightning.batching.micro_batch import saved_by_sharing
 from rl_lightning.models.attention import HALVES
 from rl_lightning.types import Batch
 
-LEAST_SAVED = 0.1
-"""Share of the tokens that it has to save on CUDA, where answers see their prompt by a second call of the kernel."""
+LEAST_SAVED = 0.15
+"""Share of the tokens that it has to save on CUDA, where answers see their prompt by a second call of the kernel.
+
+That call costs the narrow layers of a 0.6B as much as a fifth of the tokens (docs/speed.md), and wider ones less.
+"""
 
 
 def shares_prompts(batch: Batch, sequences: Sequence[int], *, device: torch.device, dtype: torch.dtype, config: Any) -> bool:

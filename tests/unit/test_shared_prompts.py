@@ -136,13 +136,13 @@ def test_rows_that_are_asked_for_again_are_scored_like_others() -> None:
 
 
 def test_without_a_choice_prompts_are_shared_where_it_pays() -> None:
-    batch = make_batch(seed=1, n_groups=2, group_size=4, prompt_lens=(10, 11), answer_lens=(40, 41))
+    batch = make_batch(seed=1, n_groups=2, group_size=4, prompt_lens=(15, 16), answer_lens=(40, 41))
     everything, alone = range(batch.n_seqs), (0, 4)
-    assert saved_by_sharing(batch, everything) == pytest.approx(6 * 10 / (8 * 50)) and not saved_by_sharing(batch, alone)
+    assert saved_by_sharing(batch, everything) == pytest.approx(6 * 15 / (8 * 55)) and not saved_by_sharing(batch, alone)
     plain, gpu = SimpleNamespace(sliding_window=None), torch.device("cuda")
     half = {"device": gpu, "dtype": torch.bfloat16, "config": plain}
     assert shares_prompts(batch, everything, **half) and not shares_prompts(batch, (0, 1), **half), (
-        "10 of 100 tokens are no more than a tenth"
+        "15 of 110 tokens are less than 15 %"
     )
     assert not shares_prompts(batch, alone, **half)
     assert not shares_prompts(batch, everything, **(half | {"dtype": torch.float32}))

@@ -210,7 +210,7 @@ def test_the_report_has_every_run():
     result = {"date": "", "machine": "", "python": "", "commit": "", "command": "", **simulation.measure(args)}
     page = simulation_report.page(result)
     assert page.count("\n| 1 + ") == 2 and page.count("\n| 64 + 32 |") == 2
-    for entry in [result["best"], *result["splits"], *result["in_flight"], *result["scale"]]:
+    for entry in [result["best"], *result["splits"], *result["in_flight"], *result["small"], *result["scale"]]:
         assert all(f"{run['tokens_per_s'] / 1000:,.1f}" in page for run in entry["runs"])
     assert len(simulation_report.table(result).splitlines()) == 2 + len(simulation.PUBLISHED)
     assert result["factor"] * result["best"]["runs"][0]["tokens_per_s"] == pytest.approx(27100, rel=1e-3)
