@@ -82,11 +82,13 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     weights, transport = random_weights(folder, "cpu" if args.cpu else "cuda:0"), make_transport(args.transport)
     load = Load(engine, args.in_flight, Lengths(args.median_tokens, args.sigma, args.max_tokens))
     try:
-        async with asyncio.timeout_at(ends):
+        async with asyncio.timeout_at(ends) as budget:
             await engine.start(str(folder))
             async with load:
                 await take_turns(args, load, partial(update, engine, transport, weights), weights)
     except TimeoutError:
+        if not budget.expired():
+            raise
         logger.warning("out of time")
     finally:
         transport.close()
