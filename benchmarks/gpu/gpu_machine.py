@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
+sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes")]
 
 from circumstances import circumstances  # noqa: E402
 
