@@ -50,7 +50,13 @@ def describe_machine(program: str, n_gpus: int) -> dict[str, Any]:
         here["machine"] = f"{n_gpus} x {torch.cuda.get_device_name(0)}"
     if "COMMIT" in os.environ:
         here["commit"] = os.environ["COMMIT"]
-    return {**here, "command": f"python benchmarks/gpu/{program} {' '.join(sys.argv[1:])}".strip(), "versions": versions()}
+    given = " ".join(map(without_folder, sys.argv[1:]))
+    return {**here, "command": f"python benchmarks/gpu/{program} {given}".strip(), "versions": versions()}
+
+
+def without_folder(argument: str) -> str:
+    """An argument that means the same elsewhere: of an absolute path its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def versions() -> dict[str, str]:

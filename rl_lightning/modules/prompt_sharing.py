@@ -14,7 +14,8 @@ from rl_lightning.types import Batch
 LEAST_SAVED = 0.15
 """Share of the tokens that it has to save on CUDA, where answers see their prompt by a second call of the kernel.
 
-That call costs the narrow layers of a 0.6B as much as a fifth of the tokens (docs/speed.md), and wider ones less.
+That call costs the narrow layers of a 0.6B as much as a fifth of the tokens (docs/speed.md); wider ones, which
+compute more for a token, should lose less by it, which is not measured.
 """
 
 

@@ -21,6 +21,7 @@ sys.path[:0] = [str(GPU), str(GPU.parent)]
 
 import async_vs_sync  # noqa: E402
 import gpu_20_steps  # noqa: E402
+import gpu_machine  # noqa: E402
 import interrupt  # noqa: E402
 import learning  # noqa: E402
 import rollout_path  # noqa: E402
@@ -210,3 +211,8 @@ def test_a_turn_that_hangs_costs_none_that_came_before(monkeypatch: pytest.Monke
         asyncio.run(rollout_path.take_turns(args, "model", engine))
     written = json.loads((tmp_path / "out.json").read_text())
     assert [(row["way"], row["turns"], row["share"]) for row in written["rows"]] == [("a", 1, 1.0)]
+
+
+def test_commands_name_no_folder_of_the_machine() -> None:
+    given = ["--out", "/somewhere/out/table.json", "--transport", "disk", "--rival", "docs/x.json", "-1"]
+    assert [gpu_machine.without_folder(x) for x in given] == ["--out", "table.json", *given[2:]]
