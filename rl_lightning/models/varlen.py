@@ -2,8 +2,8 @@
 
 On CUDA it is the flash attention that PyTorch carries; keys and values may have fewer heads than queries. On a Hopper with
 SGLang's kernels installed the forward pass is their FlashAttention 3, twice as fast, which has no backward pass. On the CPU
-each segment goes through PyTorch's CPU kernel, so that compiled models run there too. On a Hopper the backward pass of long
-segments is cuDNN's.
+each segment goes through PyTorch's CPU kernel, so that compiled models run there too. On a Hopper the backward pass is cuDNN's:
+of all segments where its frontend for Python is installed, otherwise of long ones.
 
 Answers that share a prompt see it in a second call of the same kernel, all answers of a group at once and without a mask. What
 both calls give is merged by their partition sums; the backward pass of each gets the merged output and sums, as in ring
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rl_lightning.batching.spans import Spans
 from rl_lightning.models.dense_backward import cut_segments, dense_backward, has_dense_backward
+from rl_lightning.models.ragged_backward import has_ragged_backward, ragged_backward
 
 aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     saved = grad, query, key, value, output, sums
-    if reach < 0 and has_dense_backward(query):
+    if reach < 0 and has_dense_backward(query) and not has_ragged_backward(query):
         grads = _backward_by_length(saved, Spans(*spans), scale)
     else:
         grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
@@ -208,6 +209,8 @@ def _backward(
         return _cpu_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, call)
     is_causal, span = _masking(call)
     ragged = call.query_starts, call.key_starts, call.most_queries, call.most_keys
+    if call.reach < 0 and has_ragged_backward(query):
+        return ragged_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, call.causal, call.scale)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     saved = (grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, 0.0, is_causal, *no_dropout)
     return aten._flash_attention_backward(*saved, scale=call.scale, **span)

@@ -11,7 +11,8 @@ from torch import Tensor
 from rl_lightning.batching.spans import Spans
 from rl_lightning.models.fused_logprobs import fused_logprobs
 from rl_lightning.models.logprobs import token_logprobs
-from rl_lightning.models.varlen import varlen_attention
+from rl_lightning.models.ragged_backward import has_ragged_backward, ragged_backward
+from rl_lightning.models.varlen import ATTENTION_OP, varlen_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,6 +54,29 @@ def test_varlen_attention_with_grouped_heads(
     for gradient, reference in zip(found, wanted, strict=True):
         difference = (gradient.float().cpu() - reference).norm() / reference.norm()
         assert float(difference) < 0.02
+
+
+@pytest.mark.parametrize("lengths", [[1], [256], [257, 4096], [100] * 5, [1, 2, 63, 64, 65, 2000], [500] * 33])
+def test_ragged_backward(lengths: list[int]) -> None:
+    """At and beside the sizes that plans are made for, with what must not be read behind the last token."""
+    torch.manual_seed(0)
+    n, head_dim = sum(lengths), 128
+    whole = [torch.randn(n + 256, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in (8, 8, 2, 2)]
+    grad, query, key, value = (x[:n] for x in whole)
+    if not has_ragged_backward(query):
+        pytest.skip("needs a Hopper, and cuDNN's frontend for Python")
+    for x in whole:
+        x[n:] = float("nan")
+    spans, scale = Spans.of(lengths, range(len(lengths)), "cuda"), head_dim**-0.5
+    output, sums = ATTENTION_OP(query, key, value, list(spans), scale, -1)
+    ragged = spans.starts, spans.starts, max(lengths), max(lengths)
+    found = ragged_backward(grad, query, key, value, output, sums, *ragged, True, scale)
+    on_cpu = [x.float().cpu().requires_grad_() for x in (query, key, value)]
+    expected = varlen_attention(on_cpu[0], on_cpu[1], on_cpu[2], Spans.of(lengths, range(len(lengths))), scale)
+    wanted = torch.autograd.grad(expected, on_cpu, grad.float().cpu())
+    for gradient, reference in zip(found, wanted, strict=True):
+        difference = (gradient.float().cpu() - reference).norm()
+        assert float(difference) < 0.02 * float(reference.norm()) + 1e-3  # of a single token query and key have none
 
 
 @pytest.mark.parametrize("keep_bytes", [0.0, 1e12])
