@@ -7,12 +7,15 @@ Lengths and offsets are tensors on the device and no part of a plan. What is par
 
 from __future__ import annotations
 
+import logging
 import threading
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 LEAST_SEGMENTS = 4
 LEAST_LENGTH = 256
@@ -51,14 +54,15 @@ class _Plan(NamedTuple):
     workspace_bytes: int
 
 
-def has_ragged_backward(query: Tensor) -> bool:
+def has_ragged_backward(query: Tensor, key: Tensor) -> bool:
     """Whether cuDNN and its frontend can do it, on a GPU for which it was measured.
 
     Args:
         query: (N, heads, head_dim).
+        key: (M, kv_heads, head_dim).
     """
     fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] % 16 == 0 and query.shape[2] <= MOST_HEAD_DIM
-    return fits and query.is_cuda and _frontend(query.device) is not None
+    return fits and query.is_cuda and _makes_plans(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2])
 
 
 def ragged_backward(
@@ -114,15 +118,16 @@ def places(starts: Tensor, segments: int, *widths: int) -> tuple[Tensor, Tensor]
 
     Args:
         starts: (K + 1,) int32, the first row of each segment, and the end.
-        segments: even and at least K; those that are not there are empty.
+        segments: at least K; those that are not there are empty.
         widths: elements of a row.
 
     Returns:
-        (segments,) int32 lengths, and (len(widths), segments + 2) int64 offsets in elements, of which a plan reads all but the
-        last: with it every row lies at a multiple of 16 bytes.
+        (segments,) int32 lengths, and (len(widths), at least segments + 1) int64 offsets in elements, each row of which lies at a
+        multiple of 16 bytes.
     """
-    padded = torch.cat([starts, starts[-1:].expand(segments + 2 - len(starts))])
-    return padded[:-1].diff(), padded * _column(starts.device, widths)
+    room = segments + 2 - segments % 2
+    padded = torch.cat([starts, starts[-1:].expand(room - len(starts))])
+    return padded[: segments + 1].diff(), padded * _column(starts.device, widths)
 
 
 @cache
@@ -145,6 +150,22 @@ def _frontend(device: torch.device) -> Any | None:
         return cudnn if cudnn.backend_version() >= OLDEST_CUDNN else None
     except (ImportError, RuntimeError):  # the second: it finds no libcudnn
         return None
+
+
+@cache
+def _makes_plans(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Tries the smallest: some versions of the frontend do not fit some of cuDNN."""
+    cudnn = _frontend(device)
+    if cudnn is None:
+        return False
+    lengths = LEAST_LENGTH, LEAST_LENGTH, STEP, STEP
+    try:
+        _plan(_Shape(device, dtype, heads, kv_heads, head_dim, LEAST_SEGMENTS, *lengths, True, head_dim**-0.5))
+    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+        versions = f"nvidia-cudnn-frontend {cudnn.__version__} with cuDNN {cudnn.backend_version()}"
+        logger.warning("%s makes no plan for attention, PyTorch's kernels do it; another frontend may: %s", versions, error)
+        return False
+    return True
 
 
 @cache

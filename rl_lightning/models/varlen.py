@@ -135,7 +135,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     saved = grad, query, key, value, output, sums
-    if reach < 0 and has_dense_backward(query) and not has_ragged_backward(query):
+    if reach < 0 and has_dense_backward(query) and not has_ragged_backward(query, key):
         grads = _backward_by_length(saved, Spans(*spans), scale)
     else:
         grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
@@ -209,7 +209,7 @@ def _backward(
         return _cpu_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, call)
     is_causal, span = _masking(call)
     ragged = call.query_starts, call.key_starts, call.most_queries, call.most_keys
-    if call.reach < 0 and has_ragged_backward(query):
+    if call.reach < 0 and has_ragged_backward(query, key):
         return ragged_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, call.causal, call.scale)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     saved = (grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, 0.0, is_causal, *no_dropout)
