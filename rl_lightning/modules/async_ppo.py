@@ -283,7 +283,6 @@ class AsyncPPOModule(PolicyObjective):
 
         micro_batches = self.micro_batches(policy.batch, sequences, self.max_tokens_per_mb)
         norm = self.update(micro_batches, micro_loss, lambda: self._admits(ratios))
-        policy.settle()
         self.count_update("grad_norm", norm, statistics)
 
     def _train_critic(
@@ -318,6 +317,7 @@ class AsyncPPOModule(PolicyObjective):
 
     def _report(self, batch: ScoredBatch, policy: PolicyBatch, statistics: StepStatistics, own: dict[str, float]) -> None:
         add_rollout_statistics(statistics, batch, self.scores(batch), self.penalties(batch))
+        policy.settle()
         add_engine_difference(statistics, batch, policy.prox_logprobs, self.logprob_diff_limit)
         statistics.add_values("advantages", policy.advantages[batch.loss_mask])
         if (kl := self.kl(batch)) is not None:
