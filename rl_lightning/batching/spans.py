@@ -33,7 +33,6 @@ class Spans(NamedTuple):
         n_groups: () int64 on the CPU, G; 0 where nothing is shared.
         n_prompt_tokens: () int64 on the CPU, of the shared prompts.
         n_answer_tokens: () int64 on the CPU, of the answers to them.
-        bounds: `starts` as int64 on the CPU.
     """
 
     starts: Tensor
@@ -45,7 +44,6 @@ class Spans(NamedTuple):
     n_groups: Tensor
     n_prompt_tokens: Tensor
     n_answer_tokens: Tensor
-    bounds: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu") -> Spans:
@@ -62,7 +60,7 @@ class Spans(NamedTuple):
         starts, prompt_starts, answer_starts = (_starts(sizes, len(lengths)) for sizes in (lengths, prompts, totals))
         longest = (torch.tensor(max(sizes, default=0)) for sizes in (lengths, prompts, totals))
         counts = (torch.tensor(count) for count in (n_groups, sum(prompts), sum(totals)))
-        tensors = [*(to_device(x, device) for x in (starts, prompt_starts, answer_starts)), *longest, *counts, starts.long()]
+        tensors = [*(to_device(x, device) for x in (starts, prompt_starts, answer_starts)), *longest, *counts]
         return cls(*tensors)
 
 

@@ -2,8 +2,8 @@
 
 On CUDA it is the flash attention that PyTorch carries; keys and values may have fewer heads than queries. On a Hopper with
 SGLang's kernels installed the forward pass is their FlashAttention 3, twice as fast, which has no backward pass. On the CPU
-each segment goes through PyTorch's CPU kernel, so that compiled models run there too. On a Hopper the backward pass is cuDNN's:
-of all segments where its frontend for Python is installed, otherwise of long ones.
+each segment goes through PyTorch's CPU kernel, so that compiled models run there too. On a Hopper the backward pass is cuDNN's
+where its frontend for Python is installed.
 
 Answers that share a prompt see it in a second call of the same kernel, all answers of a group at once and without a mask. What
 both calls give is merged by their partition sums; the backward pass of each gets the merged output and sums, as in ring
@@ -20,13 +20,9 @@ import torch
 from torch import Tensor
 
 from rl_lightning.batching.spans import Spans
-from rl_lightning.models.dense_backward import cut_segments, dense_backward, has_dense_backward
 from rl_lightning.models.ragged_backward import has_ragged_backward, ragged_backward
 
 aten = torch.ops.aten
-
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Gradient of the output, query, key, value, output and partition sums: what a backward pass starts from."""
 
 FLASH3_HEAD_DIMS = (64, 128, 256)
 """Those for which every build of it has a kernel."""
@@ -135,10 +131,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     saved = grad, query, key, value, output, sums
-    if reach < 0 and has_dense_backward(query) and not has_ragged_backward(query, key):
-        grads = _backward_by_length(saved, Spans(*spans), scale)
-    else:
-        grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
+    grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
     to_prompts = _to_prompts(Spans(*spans), scale, reach)
     if to_prompts is not None:
         rows = to_prompts.queries, to_prompts.keys, to_prompts.keys
@@ -214,27 +207,6 @@ def _backward(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     saved = (grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, 0.0, is_causal, *no_dropout)
     return aten._flash_attention_backward(*saved, scale=call.scale, **span)
-
-
-def _backward_by_length(saved: Saved, spans: Spans, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients within segments: of the long ones each for itself, of runs of short ones together."""
-    query, key, value = saved[1:4]
-    bounds = spans.bounds.tolist()
-    long, short = cut_segments(bounds)
-    if not long:
-        return _backward(*saved, _within_segments(spans, scale, -1))
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for segment in long:
-        rows = slice(bounds[segment], bounds[segment + 1])
-        for whole, part in zip(grads, dense_backward(*saved, rows, scale), strict=True):
-            whole[rows] = part
-    for first, last in short:
-        rows, starts = slice(bounds[first], bounds[last]), spans.starts[first : last + 1] - bounds[first]
-        longest = max(b - a for a, b in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True))
-        call = _Call(rows, rows, starts, starts, longest, longest, True, scale)
-        for whole, part in zip(grads, _backward(*saved, call), strict=True):
-            whole[rows] = part
-    return grads
 
 
 def _masking(call: _Call) -> tuple[bool, dict[str, int]]:
