@@ -4,7 +4,8 @@
 
 Groups of answers of one length go to one server, as many at a time as asked for, and the three ways take turns.  The bare
 client sends each request and reads the JSON of its answer.  The engine adds the sharing of prompts, the gate and the arrays
-of a Completion; the worker adds leases from the real controller, decoding, scoring and finished groups.
+of a Completion; the worker adds leases from the real controller, decoding, scoring and finished groups.  What a run does once,
+opening connections and starting a worker, is done before a turn's time begins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,8 @@ COLUMNS = {
     "share": "of the bare client",
     "turns": "turns",
 }
-Way = Callable[[argparse.Namespace, str, "SGLangEngine"], Awaitable[None]]
+Way = Callable[[argparse.Namespace, str, "SGLangEngine"], AbstractAsyncContextManager[Callable[[], Awaitable[None]]]]
+"""Makes ready, and gives what answers all groups once."""
 
 
 def main() -> None:
@@ -98,13 +101,15 @@ async def take_turns(args: argparse.Namespace, model: str, engine: SGLangEngine)
 async def take_turn(args: argparse.Namespace, way: Way, model: str, engine: SGLangEngine) -> float:
     """Tokens per second of all groups, from an empty prefix cache."""
     assert engine._client is not None
-    await engine._client.flush()
-    started = time.monotonic()
-    await way(args, model, engine)
-    return args.groups * args.answers * args.tokens / (time.monotonic() - started)
+    async with way(args, model, engine) as answer_all:
+        await engine._client.flush()
+        started = time.monotonic()
+        await answer_all()
+        return float(args.groups * args.answers * args.tokens / (time.monotonic() - started))
 
 
-async def by_bare_client(args: argparse.Namespace, model: str, engine: SGLangEngine) -> None:
+@asynccontextmanager
+async def by_bare_client(args: argparse.Namespace, model: str, engine: SGLangEngine) -> AsyncIterator[Any]:
     """One aiohttp session, its own JSON."""
     import aiohttp
 
@@ -124,10 +129,11 @@ async def by_bare_client(args: argparse.Namespace, model: str, engine: SGLangEng
             async with places:
                 await asyncio.gather(*(ask(group) for _ in range(args.answers)))
 
-        await asyncio.gather(*(answer_group(group) for group in range(args.groups)))
+        yield lambda: asyncio.gather(*(answer_group(group) for group in range(args.groups)))
 
 
-async def by_engine(args: argparse.Namespace, model: str, engine: SGLangEngine) -> None:
+@asynccontextmanager
+async def by_engine(args: argparse.Namespace, model: str, engine: SGLangEngine) -> AsyncIterator[Any]:
     """The engine's `generate`."""
     places = asyncio.Semaphore(args.in_flight // args.answers)
 
@@ -137,10 +143,11 @@ async def by_engine(args: argparse.Namespace, model: str, engine: SGLangEngine) 
             completions = await asyncio.gather(*(engine.generate(asked) for _ in range(args.answers)))
             assert all(len(completion) == args.tokens for completion in completions)
 
-    await asyncio.gather(*(answer_group(group) for group in range(args.groups)))
+    yield lambda: asyncio.gather(*(answer_group(group) for group in range(args.groups)))
 
 
-async def by_worker(args: argparse.Namespace, model: str, engine: SGLangEngine) -> None:
+@asynccontextmanager
+async def by_worker(args: argparse.Namespace, model: str, engine: SGLangEngine) -> AsyncIterator[Any]:
     """A RolloutWorker on this event loop, attached to the server, with leases of a real controller."""
     from rl_lightning.engines.sglang import SGLangEngine
     from rl_lightning.prompts.source import PromptSource
@@ -165,13 +172,17 @@ async def by_worker(args: argparse.Namespace, model: str, engine: SGLangEngine) 
         no_score,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
+
+    async def answer_all() -> None:
+        await controller.publish(0, ["worker"])
+        while type(await controller.take(0, wait_s=60.0)).__name__ != "Share":
+            pass
+
     serving = asyncio.create_task(worker.run())
     try:
         while not await controller.workers():
             await asyncio.sleep(0.001)
-        await controller.publish(0, ["worker"])
-        while type(await controller.take(0, wait_s=60.0)).__name__ != "Share":
-            pass
+        yield answer_all
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
