@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_machine import benchmark_parser  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
-from served_engine import Lengths, Load, random_weights, server_args, write_results, write_shape  # noqa: E402
+from served_engine import Lengths, Load, random_weights, server_args, write_rows, write_shape  # noqa: E402
 from weight_sync import Weights, update  # noqa: E402
 
 logger = logging.getLogger("interrupt")
@@ -58,7 +58,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = benchmark_parser(__doc__, "interrupt.json", budget_s=540.0)
+    parser = benchmark_parser(__doc__, "gpu_interrupt.json", budget_s=540.0)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.7b")
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--period-s", type=float, default=30.0, help="from the end of an update to the next one")
@@ -111,7 +111,9 @@ async def take_turns(args: argparse.Namespace, load: Load, send: Callable[[], Aw
             logger.info("%s%s: %s", way, "" if number >= n_warm else " (not counted)", period)
             if number >= n_warm:
                 periods.append(period)
-                write_results(args, "interrupt.py", summarise(periods), COLUMNS, task=task(args), periods=periods)
+                write_rows(
+                    args, "interrupt.py", "Interrupting answers", summarise(periods), COLUMNS, task=task(args), periods=periods
+                )
         before = way
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_machine import benchmark_parser  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
-from served_engine import request, server_args, write_results, write_shape  # noqa: E402
+from served_engine import request, server_args, write_rows, write_shape  # noqa: E402
 
 if TYPE_CHECKING:
     from rl_lightning.engines.sglang import SGLangEngine
@@ -58,7 +58,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = benchmark_parser(__doc__, "rollout_path.json", budget_s=540.0)
+    parser = benchmark_parser(__doc__, "gpu_rollout_path.json", budget_s=540.0)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.7b")
     parser.add_argument("--in-flight", type=int, default=256, help="answers at a time")
     parser.add_argument("--groups", type=int, default=64, help="of each turn")
@@ -95,7 +95,9 @@ async def take_turns(args: argparse.Namespace, model: str, engine: SGLangEngine)
             rate = await take_turn(args, way, model, engine)
             if turn:
                 rates[name].append(rate)
-                write_results(args, "rollout_path.py", summarise(rates), COLUMNS, task=task(args), rates=rates)
+                write_rows(
+                    args, "rollout_path.py", "The way through the worker", summarise(rates), COLUMNS, task=task(args), rates=rates
+                )
 
 
 async def take_turn(args: argparse.Namespace, way: Way, model: str, engine: SGLangEngine) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 from argparse import Namespace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu_machine import describe_machine
+from gpu_machine import describe_machine, write_results
 from random_qwen3 import shape_config
 
 if TYPE_CHECKING:
@@ -140,14 +139,16 @@ def request(number: int, length: Callable[[int], int], *, exact: bool = True) ->
     return GenerationRequest(f"r{number}", prompt, params, seed=number)
 
 
-def write_results(args: Namespace, script: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], **more: Any) -> None:
-    """JSON into `args.out`, and the same as a table to the log; called after every row, so that a run cut short leaves some."""
+def write_rows(
+    args: Namespace, script: str, title: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], **more: Any
+) -> None:
+    """JSON and page at `args.out`, and the table to the log; called after every row, so that a run cut short leaves some."""
     import torch
 
-    where = describe_machine(script, torch.cuda.device_count())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**where, **more, "rows": list(rows)}, indent=1) + "\n")
-    logger.info("\n%s\n", table(rows, columns))
+    where, shown = describe_machine(script, torch.cuda.device_count()), table(rows, columns)
+    paragraphs = [shown] if "task" not in more else [more["task"] + ".", shown]
+    write_results(args.out, {**where, **more, "rows": list(rows)}, title, *paragraphs)
+    logger.info("\n%s\n", shown)
 
 
 def table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:

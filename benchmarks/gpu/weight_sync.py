@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_machine import benchmark_parser  # noqa: E402
 from random_qwen3 import SHAPES  # noqa: E402
-from served_engine import Load, random_weights, server_args, write_results, write_shape  # noqa: E402
+from served_engine import Load, random_weights, server_args, write_rows, write_shape  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = benchmark_parser(__doc__, "weight_sync.json", budget_s=540.0)
+    parser = benchmark_parser(__doc__, "gpu_weight_sync.json", budget_s=540.0)
     parser.add_argument("--shapes", choices=list(SHAPES), nargs="+", default=["0.6b", "1.7b"])
     parser.add_argument("--transports", nargs="+", default=["distributed", "tensor", "disk"])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[0, 256])
@@ -118,7 +118,7 @@ async def measure_engine(
             continue
         row = {"shape": shape, "transport": name, "server": place, "in_flight": in_flight}
         rows.append(row | await measure(engine, name, weights, in_flight, updates, args))
-        write_results(args, "weight_sync.py", rows, COLUMNS)
+        write_rows(args, "weight_sync.py", "Weight updates", rows, COLUMNS)
 
 
 async def measure(
