@@ -8,6 +8,8 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,9 +200,13 @@ def test_a_turn_that_hangs_costs_none_that_came_before(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["rollout_path", "--cpu", "--out", str(tmp_path / "out.json")])
     args, turns = rollout_path.parse(), iter(range(100))
 
-    async def way(*_: Any) -> None:
+    async def answer_all() -> None:
         if next(turns) == 4:
             raise TimeoutError
+
+    @asynccontextmanager
+    async def way(*_: Any) -> AsyncIterator[Any]:
+        yield answer_all
 
     async def flush() -> None:
         pass
