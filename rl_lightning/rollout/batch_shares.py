@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from rl_lightning.batching.balance import balance
 from rl_lightning.rollout.errors import StepLostError
@@ -68,11 +69,14 @@ class BatchShares:
         return True
 
     def _complete(self, rank: int) -> bool:
+        """Fills up the shares of all ranks at once: what one of them leaves behind would be due in this very step."""
         if self._missing[rank]:
-            if (more := self._ledger.take(self._missing[rank])) is None:
+            if (more := self._ledger.take(self._missing.total())) is None:
                 return False
-            self._shares[rank] += more
-            del self._missing[rank]
+            groups = iter(more)
+            for incomplete, n_missing in self._missing.items():
+                self._shares[incomplete] += islice(groups, n_missing)
+            self._missing.clear()
         return True
 
 

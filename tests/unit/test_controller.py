@@ -229,6 +229,24 @@ def test_groups_that_were_lost_with_their_node_are_answered_again_for_the_same_s
     run(scenario())
 
 
+@pytest.mark.parametrize("eta", [0, 1])
+def test_two_ranks_that_lost_groups_with_the_same_node_both_go_on(eta):
+    async def scenario():
+        controller = make_controller(batch=4, eta=eta)
+        await ready(controller, "a")
+        await put_all(controller, "a", await controller.lease("a", 9))
+        shares = [await controller.take(0, rank, 2) for rank in (0, 1)]
+        await controller.lost(0, 0, [0])
+        await controller.lost(0, 1, [0, 1])
+        await put_all(controller, "a", await controller.lease("a", 9))
+        again = [await controller.take(0, rank, 2, wait_s=AT_ONCE) for rank in (0, 1)]
+        assert all(isinstance(share, Share) and len(share.contents) == 2 for share in again), again
+        assert again[0].contents[0] == shares[0].contents[1]
+        assert len({content for share in again for content in share.contents}) == 4
+
+    run(scenario())
+
+
 def test_a_new_trainer_begins_anew_and_what_the_old_one_asked_for_is_void():
     async def scenario():
         controller = make_controller(eta=1)
