@@ -80,9 +80,10 @@ class DistributedTransport(AgreedTransport):
         self._stream(itertools.chain([first], buckets), channel, deadline)
 
     def _agree_on_group(self, channel: SyncChannel, deadline: float) -> None:
-        """Uses the group that all engines are in, or forms a new one with them."""
+        """Uses the group that all engines and nobody else are in, or forms a new one with them."""
         groups = channel.groups(range(self._n_engines), deadline)
-        if self._group is not None and all(group == self._group_name for group in groups):
+        is_whole = self._group is not None and self._group.size() == self._world
+        if is_whole and all(group == self._group_name for group in groups):
             channel.go(self._group_name)
             return
         self._give_up()

@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +159,28 @@ def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTrans
         transport.send(1.0)
     with pytest.raises(SyncFailed, match="gave up"):
         channel.poll_go()
+
+
+def test_engines_that_are_left_form_a_group_without_the_one_that_went() -> None:
+    """A broadcast in the old group would wait for it."""
+
+    class Forming(DistributedTransport):
+        def _form_group(self, name: str, deadline: float) -> Any:
+            return SimpleNamespace(size=lambda world=self._world: world)
+
+    transport, group, worlds = Forming(backend="gloo", host="127.0.0.1"), "", []
+    for version, targets in enumerate([[X, Y], [X, Y], [X], [X]]):
+        updates = transport.stage(version, NamedWeights(WEIGHTS), targets)
+        channel = SyncChannel(connect_store("127.0.0.1", updates[0].payload["port"]), updates[0].payload["sync"])
+        for engine in range(len(targets)):
+            channel.report_group(engine, group)
+        assert transport._channel is not None
+        transport._agree_on_group(transport._channel, time.monotonic() + 60)
+        told, group = group, str(channel.poll_go())
+        worlds.append((told == group, transport._group.size()))  # type: ignore[union-attr]
+    transport._group = None
+    transport.close()
+    assert worlds == [(False, 3), (True, 3), (False, 2), (True, 2)]
 
 
 def test_each_transfer_has_names_of_its_own(transport: DistributedTransport) -> None:
