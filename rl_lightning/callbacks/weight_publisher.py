@@ -141,7 +141,8 @@ class WeightPublisher(Callback):
     def _collect(self, version: int, acks: dict[Any, str], timeout_s: float, fleet: RolloutFleet) -> dict[str, float]:
         """Seconds of stopped generation for every engine that proved its weights.
 
-        Those that did get prompts again at once; they do not wait for a slower one.
+        Those that did get prompts again at once; they do not wait for a slower one. Each is told of once: it may have died since,
+        and be back without these weights.
         """
         import ray
 
@@ -151,11 +152,12 @@ class WeightPublisher(Callback):
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=TOGETHER_S)
             proved = {acks[ref]: seconds for ref in done if (seconds := outcome(ref, acks[ref], version)) is not None}
             stopped_s |= proved
-            if pending and proved:
+            if proved:
                 fleet.call("publish", version, list(proved))
         for ref in pending:
             logger.warning("%s did not acknowledge version %d within %.0f s", acks[ref], version, timeout_s)
-        fleet.call("publish", version, list(stopped_s))
+        if not stopped_s:
+            fleet.call("publish", version, [])  # the step is finished all the same
         return stopped_s
 
     def _close(self) -> None:

@@ -10,20 +10,25 @@ import pytest
 
 from rl_lightning.callbacks.weight_publisher import WeightPublisher
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.rollout.roster import WorkerRoster
 from tests.samples import acknowledge
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Controller:
-    """Notes what it is told; at the first word it lets the slow engine go on."""
+    """Notes what it is told; at the first word it lets the slow engine go on, and those that it is told of start again."""
 
     def __init__(self, signal: Path) -> None:
-        self.signal, self.told = signal, list[tuple[int, list[str]]]()
+        self.signal, self.told, self.roster = signal, list[tuple[int, list[str]]](), WorkerRoster(60.0, "round_robin")
 
     def call(self, method: str, version: int, workers: list[str]) -> None:
         assert method == "publish"
         self.told.append((version, sorted(workers)))
+        self.roster.mark_synced(workers, version)
+        if not self.signal.exists():
+            for name in workers:
+                self.roster.register(name, "started again", None, 0.0)
         self.signal.touch()
 
 
@@ -41,7 +46,12 @@ def collect(folder: Path, engines: dict[str, tuple[bool, Exception | None]], tim
 def test_a_slow_engine_does_not_hold_the_others(tmp_path: Path) -> None:
     stopped_s, controller = collect(tmp_path, {"fast": (False, None), "slow": (True, None)})
     assert stopped_s == {"fast": 0.5, "slow": 0.5}
-    assert controller.told == [(7, ["fast"]), (7, ["fast", "slow"])]
+    assert controller.told == [(7, ["fast"]), (7, ["slow"])]
+
+
+def test_an_engine_that_was_started_again_meanwhile_does_not_count_as_one_with_weights(tmp_path: Path) -> None:
+    _, controller = collect(tmp_path, {"fast": (False, None), "slow": (True, None)})
+    assert [entry.name for entry in controller.roster.unsynced(7)] == ["fast"]
 
 
 def test_an_engine_that_failed_is_left_to_its_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
