@@ -127,6 +127,9 @@ class RolloutWorker:
         except EngineError as error:
             self._engine_failed(error)
             raise
+        except asyncio.CancelledError:  # the trainer waits no longer: an engine that hangs would not say so itself
+            self._engine_failed(EngineError(f"the update to version {update.version} was given up before it was done"))
+            raise
 
     async def yield_memory(self) -> None:
         """Has an engine that can let go of its memory until the next update; see `YieldsMemory`."""

@@ -124,6 +124,22 @@ def test_an_engine_that_never_works_stops_the_run_with_its_reason():
         run(scenario())
 
 
+def test_an_engine_whose_update_the_trainer_gave_up_is_restarted():
+    async def scenario():
+        controller, engine = make_controller(), FakeEngine(update_s=60)
+        async with serving(engine, controller) as worker:
+            while not await controller.workers():
+                await asyncio.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(worker.update_weights(update(0)), 0.05)
+            engine.update_s = 0
+            while engine.starts < 2:
+                await asyncio.sleep(0.01)
+            await train(controller, worker, steps=1)
+
+    run(scenario())
+
+
 def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
     class Fussy(SingleTurnWorkflow):
         async def run(self, lease, *args):
