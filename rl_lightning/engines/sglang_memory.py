@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,15 +26,17 @@ class ServerMemory:
     def __init__(self, client: SGLangClient, pause: Pause) -> None:
         self.asleep = False
         self._client, self._pause = client, pause
+        self._one_at_a_time = asyncio.Lock()
 
     async def release(self) -> None:
-        """Lets go of it, and of all requests before that. Idempotent."""
-        if self.asleep:
-            return
-        await self._pause.end_requests()
-        await self._client.flush()  # succeeds once nothing runs, which the server insists on
-        await self._client.release_memory()
-        self.asleep = True
+        """Lets go of it, and of all requests before that. Idempotent, also for several trainer ranks that ask at once."""
+        async with self._one_at_a_time:  # a server that is told twice reads weights that it has let go of
+            if self.asleep:
+                return
+            await self._pause.end_requests()
+            await self._client.flush()  # succeeds once nothing runs, which the server insists on
+            await self._client.release_memory()
+            self.asleep = True
 
     @asynccontextmanager
     async def resumed(self) -> AsyncIterator[None]:

@@ -27,6 +27,7 @@ from rl_lightning.engines.sglang_args import parallel_sizes, server_command, ser
 from rl_lightning.engines.sglang_client import SGLangClient, Shown, read_segment, sampling_params
 from rl_lightning.engines.sglang_cpu_speed import attend
 from rl_lightning.engines.sglang_hold import _go_on_from_here, can_hold
+from rl_lightning.engines.sglang_memory import ServerMemory
 from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
 from rl_lightning.engines.sglang_process import SGLangProcess
@@ -196,6 +197,22 @@ def test_a_server_that_is_not_held_is_rid_of_its_requests(holds: bool, asleep: b
         assert client.asked == ["/abort_request", "/flush_cache"]
 
     asyncio.run(scenario())
+
+
+def test_memory_that_several_trainer_ranks_ask_for_at_once_is_let_go_once() -> None:
+    class Server(HeldClient):
+        async def call(self, method: str, path: str, body: object = None, accept: Sequence[int] = ()) -> tuple[int, None]:
+            await asyncio.sleep(0.001)
+            return await super().call(method, path, body, accept)
+
+    async def scenario() -> list[str]:
+        client = Server()
+        memory = ServerMemory(client, Pause(client, GenerationGate(), InFlight()))
+        await asyncio.gather(*(memory.release() for _ in range(4)))
+        assert memory.asleep
+        return client.asked
+
+    assert asyncio.run(scenario()).count("/release_memory_occupation") == 1
 
 
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
