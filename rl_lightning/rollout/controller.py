@@ -134,7 +134,9 @@ class RolloutController:
     async def give_back(self, worker: str, lease: Lease, reason: str, *, counts: bool) -> None:
         """A lease ended without an answer. `counts` says whether the group itself may be the cause."""
         if lease.evaluation:
-            self._evaluations.give_back(lease.submission)
+            if not self._evaluations.give_back(lease.submission, counts=counts):
+                tried = f"validation prompt {lease.index} was given up after {self._evaluations.max_attempts} attempts"
+                self._fatal = self._fatal or RolloutError(f"{tried}: {reason}")
         elif self._ledger.holds(worker, lease.index, lease.submission):
             logger.warning("prompt group %d came back from %s: %s", lease.index, worker, reason)
             if not self._ledger.give_back(lease.index, counts=counts):

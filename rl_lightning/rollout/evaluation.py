@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,20 @@ from typing import Any
 class _Evaluation:
     wanted: int
     answered: dict[int, Any] = field(default_factory=dict)
+    attempts: Counter[int] = field(default_factory=Counter)
 
 
 class EvaluationQueue:
     """Positions of a validation set on their way through the workers.
 
     Each rank begins its own evaluation and collects its own results; a lost worker's positions are answered again.
+
+    Args:
+        max_attempts: leases of one position before it is given up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_attempts: int = 4) -> None:
+        self.max_attempts = max_attempts
         self._evaluations: dict[int, _Evaluation] = {}
         self._pending: deque[tuple[int, int]] = deque()
         self._running: dict[int, tuple[int, int, str]] = {}
@@ -57,11 +62,25 @@ class EvaluationQueue:
         if lease is not None and lease[0] in self._evaluations:
             self._evaluations[lease[0]].answered[lease[1]] = content
 
-    def give_back(self, submission: int) -> None:
-        """The lease ended without an answer: to the front of the queue."""
+    def give_back(self, submission: int, *, counts: bool = False) -> bool:
+        """The lease ended without an answer: to the front of the queue.
+
+        Args:
+            submission: the lease.
+            counts: whether this was the prompt's fault as far as one can know (not when its worker died).
+
+        Returns:
+            False if the position was tried `max_attempts` times: it is given up.
+        """
         lease = self._running.pop(submission, None)
-        if lease is not None and lease[0] in self._evaluations:
-            self._pending.appendleft(lease[:2])
+        if lease is None or lease[0] not in self._evaluations:
+            return True
+        attempts = self._evaluations[lease[0]].attempts
+        attempts[lease[1]] += counts
+        if attempts[lease[1]] >= self.max_attempts:
+            return False
+        self._pending.appendleft(lease[:2])
+        return True
 
     def give_back_all(self, worker: str) -> None:
         """Everything this worker held goes to the front of the queue."""

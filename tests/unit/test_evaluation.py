@@ -16,9 +16,11 @@ from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller import RolloutController
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.datamodule import RolloutDataModule
+from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.share import Share
+from rl_lightning.rollout.workflow import SingleTurnWorkflow
 from rl_lightning.testing import FakeEngine, FakePrompts, FakeReward
-from rl_lightning.types import Batch, Completion, GenerationRequest, RolloutGroup, SamplingParams
+from rl_lightning.types import Batch, Completion, GenerationRequest, Lease, RolloutGroup, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=4, greedy=True)
 STEPS = 6
@@ -143,3 +145,26 @@ class Unscored(Alone):
 
     def configure_model(self) -> None:
         self.model = torch.nn.Linear(1, 1)
+
+
+def test_a_validation_prompt_that_nobody_can_answer_ends_the_run_with_its_reason() -> None:
+    class Refusing(SingleTurnWorkflow):
+        async def run(self, lease: Lease, *args: Any) -> RolloutGroup:
+            asked.append(lease.index)
+            if lease.index == 3:
+                raise ValueError("a prompt of 9000 tokens is too long")
+            return await super().run(lease, *args)
+
+    async def scenario() -> None:
+        prompts = FakePrompts(size=50)
+        settings = ControllerSettings(StalenessGate(2, 0, 100), 2, SamplingParams(max_new_tokens=16), evaluation_params=GREEDY)
+        controller = RolloutController(PromptSource(prompts, shuffle=False), settings, prompts)
+        async with serving(FakeEngine(), controller, Refusing()) as worker:
+            await publish(controller, worker, 0)
+            evaluation = await controller.begin_evaluation([3])
+            await controller.take_evaluation(evaluation, wait_s=1.0)
+
+    asked: list[int] = []
+    with pytest.raises(RolloutError, match="validation prompt 3 was given up after 4 attempts: .*9000 tokens is too long"):
+        run(scenario())
+    assert asked.count(3) == 4
