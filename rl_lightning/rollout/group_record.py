@@ -29,8 +29,14 @@ class GroupRecord:
 
     @classmethod
     def of(cls, group: RolloutGroup, *, passes_filter: bool) -> GroupRecord:
-        """The record of `group`."""
+        """The record of `group`.
+
+        Raises:
+            ValueError: it cannot be trained on, because the workflow gave no answer, or an empty one.
+        """
         answers = group.rollouts
+        if not all(len(r.completion) for r in answers) or not answers:
+            raise ValueError(f"the workflow gave no answer, or one without tokens, to prompt {group.prompt.query_id!r}")
         return cls(
             n_tokens=group.n_tokens,
             n_answer_tokens=sum(len(r.completion) for r in answers),

@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from rl_lightning.batching.collate import collate
 from rl_lightning.engines.engine import EngineError, WeightMismatchError
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rewards.pool import RewardScore
@@ -14,7 +15,7 @@ from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.share import Share
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, sample_seed
-from rl_lightning.testing import FakeEngine, FakePrompts, FakeTokenizer
+from rl_lightning.testing import FakeEngine, FakePrompts, FakeTokenizer, fake_completion
 from rl_lightning.types import SamplingParams
 from rl_lightning.weights.transport import WeightUpdate
 
@@ -155,6 +156,23 @@ def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
 
     batches, statistics = run(scenario())
     assert sorted(g.index for batch in batches for g in batch) == [0, 2, 3, 4, 5, 6]
+    assert statistics["groups_abandoned"] == 1
+
+
+def test_a_group_with_an_empty_answer_costs_its_prompt_and_not_the_run():
+    class Silent(SingleTurnWorkflow):
+        async def _generate(self, lease, engine):
+            completions = await super()._generate(lease, engine)
+            return [*completions[1:], fake_completion([])] if lease.index == 1 else completions
+
+    async def scenario():
+        controller = make_controller(eta=0)
+        async with serving(FakeEngine(), controller, Silent()) as worker:
+            batches = await train(controller, worker, steps=3)
+        return batches, await controller.statistics()
+
+    batches, statistics = run(scenario())
+    assert [collate(batch).n_seqs for batch in batches] == [4, 4, 4]
     assert statistics["groups_abandoned"] == 1
 
 
