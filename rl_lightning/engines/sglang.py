@@ -219,6 +219,8 @@ class SGLangEngine:
                     async with gate.inside():
                         await client.sample_one()
         except TimeoutError:
+            if not gate.is_open:
+                return  # an update came in between, which has a deadline of its own
             raise EngineError(f"SGLang at {client.url} gave no sign of life for {HEALTH_TIMEOUT_S:.0f} s") from None
         self._answered_s = time.monotonic()
 

@@ -215,6 +215,28 @@ def test_memory_that_several_trainer_ranks_ask_for_at_once_is_let_go_once() -> N
     assert asyncio.run(scenario()).count("/release_memory_occupation") == 1
 
 
+@pytest.mark.parametrize("during_update", [True, False])
+def test_silence_is_a_death_unless_an_update_explains_it(during_update: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(HeldClient):
+        async def sample_one(self) -> None:
+            if during_update:
+                gate.close()
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        engine._client, engine._gate = Silent(), gate
+        gate.open(3)
+        await engine.health()
+
+    monkeypatch.setattr("rl_lightning.engines.sglang.HEALTH_TIMEOUT_S", 0.02)
+    engine, gate = SGLangEngine(device="cpu"), GenerationGate()
+    if during_update:
+        asyncio.run(scenario())
+    else:
+        with pytest.raises(EngineError, match="no sign of life"):
+            asyncio.run(scenario())
+
+
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
     async def scenario() -> None:
         pause = Pause(HeldClient({}, None), GenerationGate(), InFlight())
