@@ -141,6 +141,8 @@ class RolloutController:
             logger.warning("prompt group %d came back from %s: %s", lease.index, worker, reason)
             if not self._ledger.give_back(lease.index, counts=counts):
                 self._note_refused(f"given up after {self._ledger.max_attempts} attempts: {reason}")
+        else:
+            return  # revoked before
         self._roster.note_return(worker)
         await self._notify()
 
@@ -275,6 +277,7 @@ class RolloutController:
         for group in self._ledger.started_before(now - s.lease_timeout_s):
             logger.warning("prompt group %d on %s took over %.0f s", group.index, group.worker, s.lease_timeout_s)
             self._revoked[group.worker].append(group.submission)
+            self._roster.note_return(group.worker)
             if not self._ledger.give_back(group.index):
                 self._note_refused(f"not answered within {s.lease_timeout_s:.0f} s (lease_timeout_s)")
         # Whatever starts from here on, or is heard of again, expires later than this.

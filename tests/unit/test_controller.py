@@ -118,6 +118,25 @@ def test_a_group_that_takes_too_long_is_revoked_and_leased_again():
     run(scenario())
 
 
+def test_a_worker_whose_group_was_revoked_gets_as_much_as_the_others_again():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(eta=9, clock=clock, lease_timeout_s=10, worker_timeout_s=1000, policy="least_requests")
+        await ready(controller, "a", "b")
+        running = lambda: {entry.name: entry.running for entry in controller._roster}  # noqa: E731
+        (revoked,) = await controller.lease("a", 1)
+        clock.advance(11)
+        assert await controller.heartbeat("a", "a-1", {}) == [revoked.submission]
+        assert running() == {"a": 0, "b": 0}
+        (held,) = await controller.lease("a", 1)
+        await controller.give_back("a", revoked, "it ended as it was revoked", counts=True)
+        assert running() == {"a": 1, "b": 0}
+        await controller.put("a", held, DONE, 0)
+        assert running() == {"a": 0, "b": 0}
+
+    run(scenario())
+
+
 def test_a_restarted_worker_loses_its_leases_and_is_counted():
     async def scenario():
         controller = make_controller()
