@@ -58,9 +58,11 @@ class SlotThread:
         self._inbox.put(request)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs `function` in the thread between two steps."""
+        """Runs `function` in the thread between two steps; EngineError if the thread ends before."""
         future: Future[T] = Future()
         self._inbox.put((function, future))
+        if self.ended.done():
+            self._refuse_calls()
         return future
 
     def close(self, timeout_s: float) -> bool:
@@ -123,6 +125,18 @@ class SlotThread:
             if not self.ready.done():
                 self.ready.set_exception(error)
             self.ended.set_exception(error)
+        self._refuse_calls()
+
+    def _refuse_calls(self) -> None:
+        """Answers those that nobody takes out of the inbox any more; whoever asked for requests hears of the end himself."""
+        cause = self.ended.exception()
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(item, tuple) and item[1].set_running_or_notify_cancel():
+                item[1].set_exception(EngineError(f"TorchEngine failed: {cause!r}" if cause else "TorchEngine was stopped"))
 
     def _take(self) -> bool:
         """Works off the inbox, waiting for something only when the batch has nothing to do; False on `close`."""
@@ -155,5 +169,8 @@ def _call(function: Callable[[], object], future: Future) -> None:
         future.set_result(function())
     except (EngineError, WeightMismatchError) as error:
         future.set_exception(error)
+    except Exception as error:  # ends the thread
+        future.set_exception(EngineError(f"TorchEngine failed: {error!r}"))
+        raise
     finally:
         del function, future  # the error's traceback holds this frame, which must not hold the error

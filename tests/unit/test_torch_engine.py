@@ -602,6 +602,28 @@ def test_logits_that_are_not_numbers_end_the_engine(tiny: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("dies", ["before", "within"])
+def test_an_engine_that_dies_during_an_update_says_so_at_once(
+    dies: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def out_of_memory(weights: object) -> None:
+        raise RuntimeError("out of memory")
+
+    async def scenario() -> None:
+        async with started(tiny) as engine:
+            thread, update = engine._thread, staged(1, reference(tiny))
+            assert thread is not None and engine._decoder is not None
+            if dies == "before":  # while the weights are fetched
+                monkeypatch.setattr("rl_lightning.engines.torch._read", lambda update, timeout_s: thread.close(20))
+            else:
+                monkeypatch.setattr(engine._decoder, "load_weights", out_of_memory)
+            with pytest.raises(EngineError, match="stopped" if dies == "before" else "out of memory"):
+                await asyncio.wait_for(engine.update_weights(update), 20)
+            await until(thread.ended.done, "the thread to end")
+
+    run(scenario())
+
+
 def test_a_request_has_a_deadline(tiny: Path) -> None:
     async def scenario() -> None:
         async with started(tiny, request_timeout_s=0.05) as engine:
