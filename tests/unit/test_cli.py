@@ -121,6 +121,9 @@ def test_options_are_saved_resolved():
         (["--model=NoModule"], "model: expected an import path or the name of a known class, got 'NoModule'"),
         (["--model=nowhere.Module"], "model: No module named 'nowhere'; give an import path such as package.module.name"),
         (["--config=/none.yaml"], "config: File does not exist: '/none.yaml'"),
+        (["recipe.yaml"], "recipe.yaml is not an option; did you mean --config recipe.yaml?"),
+        (["--model=AsyncPPOModule"], "model.path is missing, which AsyncPPOModule needs"),
+        (["--model=run_samples.SmallData"], "model: run_samples.SmallData is no subclass of LightningModule"),
     ],
 )
 def test_wrong_options_are_one_sentence(capsys: pytest.CaptureFixture[str], options: list[str], sentence: str):
@@ -140,6 +143,40 @@ def test_wrong_options_of_nested_classes_are_one_sentence(capsys: pytest.Capture
     strategy = ["--trainer.strategy=RayModelParallelStrategy", "--trainer.strategy.colective_timeout=3"]
     asked = "trainer.strategy.colective_timeout is not an option of RayModelParallelStrategy"
     assert refused(capsys, *strategy) == f"{asked}; did you mean collective_timeout_s?"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "the command is missing, one of fit, validate, test, predict: rl-lightning fit --config RECIPE"),
+        (["fit"], "--data and --model missing: give a recipe by --config"),
+        (["--config=recipe.yaml", "fit"], "options come after the command: rl-lightning fit --config RECIPE"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], sentence: str
+):
+    monkeypatch.setattr(sys, "argv", ["__main__.py"])  # as in `python -m rl_lightning`
+    Path("recipe.yaml").write_text("trainer: {max_epochs: 1}")
+    with pytest.raises(SystemExit) as exit_:
+        RLCLI(args)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"rl-lightning: error: {sentence}"
+
+
+def test_classes_and_functions_of_the_wrong_kind_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("with_a_slip.py").write_text("def score(:")
+    rollouts = ["--data=RolloutDataModule", "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts"]
+    own = "run_samples.SmallData is no {}: it lacks its methods, or their annotations"
+    workflow = "--data.workflow=run_samples.SmallData"
+    assert refused(capsys, *rollouts, workflow) == "data.workflow: " + own.format("Workflow")
+    assert refused(capsys, *rollouts, "--data.engine=run_samples.SmallData") == "data.engine: " + own.format("Engine")
+    assert refused(capsys, rollouts[0], "--data.prompts=run_samples.SmallData") == "data.prompts: " + own.format("PromptDataset")
+    reward = '--data.rewards=[{"reward":"with_a_slip.score"}]'
+    assert refused(capsys, *rollouts, reward) == "data.rewards.reward: invalid syntax (with_a_slip.py, line 1)"
 
 
 def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
