@@ -10,6 +10,7 @@ import yaml
 from run_samples import SmallData, SmallModule
 
 from rl_lightning.cli import RLCLI, main
+from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.rewards.exact import exact_match
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.datamodule import RolloutDataModule
@@ -188,12 +189,56 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
             ["--ckpt_path=last", "--run.trial=none"],
             "--ckpt_path last: there is no restart checkpoint in runs/checkpoints/experiment/none",
         ),
+        (["--ckpt_path=none/last.ckpt"], "--ckpt_path none/last.ckpt: there is no such file or folder"),
+        (["--run.fileroot=/proc/none"], "run.fileroot=/proc/none cannot be written to ("),
     ):
         caplog.clear()
         with pytest.raises(SystemExit) as exit_:
             main(["fit", *SMALL, *QUIET, *options])
         assert exit_.value.code == 2
         assert caplog.records[-1].getMessage().startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("lost", "option", "sentence"),
+    [
+        ("config.json", [], "model.path=m is a folder without config.json: give one written by save_pretrained"),
+        ("model.safetensors", [], "model.path=m is a folder without model.safetensors: give one written"),
+        ("", [], "model.path: m/model.safetensors cannot be read ("),
+        ("tokenizer.json", [], "no tokenizer could be loaded from model path 'm' ("),
+        (None, ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val=1.0: use model.optimizer.gradient_clipping instead"),
+        (
+            None,
+            ["--trainer.accumulate_grad_batches=4"],
+            "trainer.accumulate_grad_batches=4: use a larger data.batch_size instead",
+        ),
+        (None, ["--data.max_concurrent_rollouts=0"], "max_concurrent_rollouts=0 must be at least 1"),
+        (None, ["--data.num_engines=0"], "num_engines=0 must be positive"),
+        (None, ["--data.reward_timeout_s=-1"], "reward_timeout_s=-1.0 must be positive"),
+    ],
+)
+def test_what_cannot_be_read_or_followed_is_told_before_anything_starts(
+    caplog: pytest.LogCaptureFixture, lost: str | None, option: list[str], sentence: str
+):
+    write_tiny_model(Path("m"))
+    if lost:
+        for file in Path("m").glob(lost.replace("tokenizer.json", "tokenizer*")):
+            file.unlink()
+    elif lost is not None:
+        Path("m/model.safetensors").write_bytes(Path("m/model.safetensors").read_bytes()[:1000])
+    arguments = [
+        "--model=AsyncPPOModule",
+        "--model.path=m",
+        "--data=RolloutDataModule",
+        "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts",
+        '--data.rewards=[{"reward":"rl_lightning.rewards.exact.exact_match"}]',
+        "--data.engine=rl_lightning.engines.torch.TorchEngine",
+        "--trainer.accelerator=cpu",
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *arguments, *option])
+    assert exit_.value.code == 2
+    assert caplog.records[-1].getMessage().startswith(sentence)
 
 
 def test_weights_and_biases_not_installed(monkeypatch: pytest.MonkeyPatch):

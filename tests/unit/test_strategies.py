@@ -17,6 +17,7 @@ import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.strategies import RayStrategy, cluster
 from rl_lightning.strategies.channel import RunChannel
 from rl_lightning.strategies.demand import Demand, shortage
@@ -137,8 +138,10 @@ def test_wrong_addresses_are_found_at_once() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at 127.0.0.1:{port} .*ray start --head --port={port}"):
+    sentence = f"no Ray cluster answers at 127.0.0.1:{port} .*ray start --head --port={port}"
+    with pytest.raises(ConnectionError, match=sentence) as raised:
         cluster._probe(f"127.0.0.1:{port}")
+    assert not may_be_mended_by_restart(raised.value)
     for address in ("ray://somewhere:10001", "somewhere", "host:port"):
         with pytest.raises(ValueError, match="local, auto or host:port"):
             cluster._probe(address)
