@@ -77,6 +77,7 @@ class RLCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "rl-lightning"},  # also as `python -m rl_lightning`
             args=args,
             run=run,
         )
@@ -143,6 +144,8 @@ class RLCLI(LightningCLI):
         if self.subcommand == "fit":
             self._save_config(run.logs / "config.yaml")
         self._announce(run)
+        if hasattr(self.model, "check_inputs"):
+            self.model.check_inputs(self.trainer)
         if hasattr(self.datamodule, "check_inputs"):
             self.datamodule.check_inputs()
 
@@ -242,9 +245,11 @@ def start_checkpoint(folder: Path, asked: str | None, *, resume: bool) -> str | 
         resume: take the restart checkpoint where there is one.
 
     Raises:
-        ValueError: `last` is asked for and there is none.
+        ValueError: there is none where one is asked for.
     """
     newest = newest_checkpoint(folder)
+    if asked is not None and asked.endswith((".ckpt", ".pt", "/")) and "://" not in asked and not Path(asked).exists():
+        raise ValueError(f"--ckpt_path {asked}: there is no such file or folder (working folder {Path.cwd()})")
     if newest is not None and (resume or asked == "last"):
         return str(newest)
     if asked == "last":

@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rl_lightning.engines.engine import WeightMismatchError
+from rl_lightning.rollout.errors import RejectionsError
 
 
 class NonFiniteError(RuntimeError):
     """Training steps in a row could not be made; the message names the dump of the last one and how to see it again."""
 
 
-CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException, WeightMismatchError)
-"""Wrong options, wrong data, wrong weights: their message says what to do."""
+class NoClusterError(ConnectionError):
+    """The Ray cluster that was named cannot be joined."""
+
+
+CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException, WeightMismatchError, NoClusterError)
+"""Wrong options, wrong data, wrong weights, no cluster: their message says what to do."""
 
 CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 """Wrong code: their traceback says where. Like the others they come again however often one tries."""
 
-TRAINING_ERRORS = (NonFiniteError,)
+TRAINING_ERRORS = (NonFiniteError, RejectionsError)
 """Training that cannot go on from where it stands: the message says how to look into it."""
 
 

@@ -18,7 +18,14 @@ KEY = re.compile(r'Parser key "([^"]+)":?\s*(.*)')
 CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 UNKNOWN = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
 UNRECOGNISED = re.compile(r"unrecognized arguments: (?:--)?(?P<option>[^\s=]+)")
+EARLY = re.compile(r"Option '[^']+' is not accepted before subcommand '(?P<command>[^']+)'")
+REQUIRED = re.compile(r"the following arguments are required: (?P<options>.+)")
+NO_COMMAND = re.compile(r'expected "subcommand" to be one of \{(?P<commands>[^}]+)\}')
 UNIMPORTABLE = re.compile(r"No module named|module '.*' has no attribute")
+NO_KIND = re.compile(
+    r"Import path .*?does not (?:implement protocol (?P<protocol>\w+)|correspond to a (?P<base>subclass of \w+))"
+)
+NO_PATH = re.compile(r"Expected a path but (?P<value>\S+) either")
 EXPECTED = re.compile(r"Expected an? (?P<kind>.+?)(?:\. Got value: (?P<value>.*)|: (?P<name>.*))?$")
 STRATEGIES = {"ray": "RayStrategy", "ray_model_parallel": "RayModelParallelStrategy"}
 NOISE = ("Expected a path but", "Expected a <class 'NoneType'>")
@@ -55,31 +62,55 @@ def one_sentence(message: str, known: Iterable[str] = ()) -> str:
     keys: list[str] = []
     owner = ""
     wanted: list[str] = []
+    reasons: list[str] = []
     given = ""
-    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+    for is_reason, line in ((line.strip().startswith("- "), line.strip().removeprefix("- ")) for line in message.splitlines()):
         if match := KEY.match(line):
             keys.append(match[1])
             line = match[2]
         if match := CLASS.match(line):
             owner = match[1]
+        elif match := NO_COMMAND.match(line):
+            return f"the command is missing, one of {match['commands'].replace(',', ', ')}: rl-lightning fit --config RECIPE"
+        elif match := EARLY.match(line):
+            return f"options come after the command: rl-lightning {match['command']} --config RECIPE"
+        elif match := REQUIRED.match(line):
+            return _missing([".".join([*keys, option]) for option in match["options"].split(", ")], owner)
         elif match := UNKNOWN.match(line) or UNRECOGNISED.match(line):
             option = ".".join(filter(None, [*keys, match.groupdict().get("group"), match["option"]]))
             return _unknown(option, owner, known)
         elif UNIMPORTABLE.match(line):
             return f"{'.'.join(keys)}: {line}; give an import path such as package.module.name"
+        elif match := NO_KIND.match(line):
+            reasons.append(f"{given} is no {match['base'] or match['protocol'] + ': it lacks its methods, or their annotations'}")
+        elif match := NO_PATH.match(line):
+            given = match["value"]
         elif match := EXPECTED.match(line):
             if not line.startswith(NOISE):
                 wanted.append(_kind(match["kind"]))
             given = given or match["value"] or match["name"] or ""
         elif line.startswith("Given value:"):
             given = given or line.removeprefix("Given value:").strip()
+        elif is_reason and not line.startswith("Does not validate"):
+            reasons.append(line)
+    if keys and reasons:
+        return f"{'.'.join(keys)}: {reasons[0]}"
     if keys and wanted:
         return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {given!r}"
     return " ".join(KEY.sub(r"\1: \2", message, count=1).split())
 
 
+def _missing(options: list[str], owner: str) -> str:
+    """`model.path is missing, which AsyncPPOModule needs`"""
+    if owner:
+        return f"{', '.join(options)} is missing, which {owner.rsplit('.', 1)[-1]} needs"
+    return f"{' and '.join('--' + option.partition('.')[2] for option in options)} missing: give a recipe by --config"
+
+
 def _unknown(option: str, owner: str, known: Iterable[str]) -> str:
     """`data.batch_sze is not an option of RolloutDataModule; did you mean batch_size?`"""
+    if option.endswith((".yaml", ".yml")):
+        return f"{option} is not an option; did you mean --config {option}?"
     name = option.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(option, known, 1, 0.75) or difflib.get_close_matches(name, _parameters(owner), 1, 0.7)
     of = f" of {owner.rsplit('.', 1)[-1]}" if owner else ""

@@ -101,8 +101,11 @@ class RunConfig:
             self.trial = self.trial or self._newest_trial() or FIRST_TRIAL
             return
         self.trial = self.trial or FIRST_TRIAL
-        while self.checkpoints.exists() or not _claim(self.logs):
-            self.trial = _next_name(self.trial)
+        try:
+            while self.checkpoints.exists() or not _claim(self.logs):
+                self.trial = _next_name(self.trial)
+        except OSError as error:
+            raise ValueError(f"run.fileroot={self.fileroot} cannot be written to ({error}): name a folder that can") from None
 
     def _newest_trial(self) -> str | None:
         numbers = [int(folder.name[5:]) for folder in self.logs.parent.glob("trial*") if folder.name[5:].isdecimal()]

@@ -17,11 +17,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.checkpointing import Checkpointing
+from rl_lightning.models.folder import check_model_folder
 from rl_lightning.models.lora import LoRAConfig, merged_weights
 from rl_lightning.models.value_model import ValueModel
 from rl_lightning.modules.critic import Critic, ValueTargets, add_explained_variance, add_value_statistics
@@ -119,6 +120,16 @@ class AsyncPPOModule(PolicyObjective):
         self.reference: Reference | None = None
         self._saved_reference: dict[str, Tensor] | None = None
         self.remember(path=path, ppo=ppo, logprob_diff_limit=logprob_diff_limit, **actor, **beside)
+
+    def check_inputs(self, trainer: Trainer) -> None:
+        """The same for the models beside the actor."""
+        super().check_inputs(trainer)
+        for option, path, is_used in (
+            ("model.critic_path", self.critic_path, not self.ppo.disable_value),
+            ("model.ref_path", self.ref_path, bool(self.ppo.kl_ctl)),
+        ):
+            if is_used and path != self.path:
+                check_model_folder(option, path)
 
     # -- LightningModule
 

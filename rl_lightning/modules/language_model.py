@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rl_lightning.batching.micro_batch import MicroBatch
 from rl_lightning.models.checkpointing import Checkpointing, activation_bytes, checkpoint_layers, level_of, plan_levels
+from rl_lightning.models.folder import check_model_folder
 from rl_lightning.models.layers import compile_layers, compiled_graphs
 from rl_lightning.models.lora import LoRAConfig, inject_lora
 from rl_lightning.models.memory import keep_freed_memory
@@ -30,13 +31,14 @@ from rl_lightning.modules.counted_step import counted_once
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.hyperparameters import as_config, as_plain
 from rl_lightning.modules.micro_batches import deal_micro_batches
-from rl_lightning.modules.model_check import check_sharded
+from rl_lightning.modules.model_check import check_sharded, check_trainer
 from rl_lightning.modules.optimizer import OptimizerConfig, clip_gradients, trained_by
 from rl_lightning.modules.prompt_sharing import shares_prompts
 from rl_lightning.modules.statistics import StepStatistics
 from rl_lightning.types import Batch
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,15 @@ class LanguageModule(LightningModule):
         """Saves the constructor's `options` as plain data, so that checkpoints load without executing code."""
         self.save_hyperparameters(as_plain(options), logger=False)
 
+    def check_inputs(self, trainer: Trainer) -> None:
+        """Finds what is wrong with the model's folder and the Trainer's options, before anything is started.
+
+        Raises:
+            ValueError: names the option, the file and the remedy.
+        """
+        check_trainer(trainer)
+        check_model_folder("model.path", self.path)
+
     # -- LightningModule
 
     def configure_model(self) -> None:
@@ -150,8 +161,7 @@ class LanguageModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(f"trainer.precision={self.trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
+        check_trainer(self.trainer)
         if self.device.type == "cpu":
             keep_freed_memory()
         self._graphs = compiled_graphs()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rl_lightning.modules.optimizer import OptimizerConfig
 from rl_lightning.modules.ppo_config import PPOConfig
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def check_models(
@@ -43,6 +48,23 @@ def check_models(
     for name, value in (("critic_max_tokens_per_mb", critic_max_tokens_per_mb), ("ref_max_tokens_per_mb", ref_max_tokens_per_mb)):
         if value is not None and value < 2:
             raise ValueError(f"{name}={value} must hold at least a prompt and an answer token")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuses options of the Trainer that manual optimisation does not follow.
+
+    Raises:
+        ValueError: names the option and ours.
+    """
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise ValueError(f"trainer.precision={trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: use model.optimizer.gradient_clipping instead")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: use a larger data.batch_size instead, which "
+            f"model.max_tokens_per_mb cuts to micro-batches"
+        )
 
 
 def check_sharded(*, has_adapters: bool, dtype: str) -> None:

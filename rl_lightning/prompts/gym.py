@@ -150,7 +150,7 @@ def _dataset(task: str, seed: int, size: int, frozen_options: str) -> Procedural
     try:
         return gym.create_dataset(task, seed=seed, size=size, **json.loads(frozen_options))
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"reasoning-gym refuses the options {frozen_options} (size {size}) of task {task!r}: {error}") from error
+        raise ValueError(f"reasoning-gym refuses the options {frozen_options} (size {size}) of task {task!r}: {error}") from None
 
 
 def _frozen(options: Mapping[str, Any]) -> str:

@@ -58,7 +58,9 @@ def _check_question(fields: dict[str, Any]) -> None:
 
 def _check_solutions(fields: dict[str, Any]) -> None:
     if fields.get("solutions") is None:
-        raise BadLine(f"missing field 'solutions', which task {fields['task']} needs")
+        raise BadLine(
+            f"missing field 'solutions', which task {fields['task']} needs; give it, or a task of your own that extra_tasks names"
+        )
     solutions = fields["solutions"]
     if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) and s.strip() for s in solutions):
         raise BadLine(f"field 'solutions' must be a non-empty list of non-empty strings, not {shortened(solutions)}")

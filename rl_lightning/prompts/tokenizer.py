@@ -20,12 +20,15 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without its files
+            raise ValueError("it would know no token")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer could be loaded from model path {model_path!r} ({first_line(error)}); "
             "give a folder written by save_pretrained that holds tokenizer.json, or the name of a model on the hub"
-        ) from error
+        ) from None  # the sentence that is shown is that of the innermost ValueError
+    return tokenizer
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

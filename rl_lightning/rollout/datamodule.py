@@ -121,11 +121,16 @@ class RolloutDataModule(FleetOwner):
             )
         if min_engines is not None and not 1 <= min_engines <= num_engines:
             raise ValueError(f"min_engines={min_engines} must be between 1 and num_engines={num_engines}, or null for all")
+        positive = {"num_engines": num_engines, "reward_processes": reward_processes, "reward_memory_gb": reward_memory_gb}
+        for name, value in {**positive, "reward_timeout_s": reward_timeout_s}.items():
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1 answer per prompt")
         if not 0 <= success_rate_lb <= success_rate_ub <= 1:
             raise ValueError(f"need 0 <= success_rate_lb <= success_rate_ub <= 1, got {success_rate_lb} and {success_rate_ub}")
-        self.gate = StalenessGate(batch_size, max_head_offpolicyness, max_concurrent_rollouts or batch_size)
+        in_flight = batch_size if max_concurrent_rollouts is None else max_concurrent_rollouts
+        self.gate = StalenessGate(batch_size, max_head_offpolicyness, in_flight)
         self.prompts, self.rewards, self.model_path = prompts, rewards, model_path
         self.batch_size, self.group_size, self.generation = batch_size, group_size, generation
         self.engine: Engine = make_engine() if engine == "auto" else engine

@@ -7,6 +7,10 @@ class RolloutError(RuntimeError):
     """The rollout side cannot go on; the message says why and what to change."""
 
 
+class RejectionsError(RolloutError):
+    """Too many groups in a row were not trained on; another attempt would reject them again."""
+
+
 class StepLostError(RuntimeError):
     """What the step under way needs is gone; the engines are well, and another attempt from the checkpoint has it again."""
 

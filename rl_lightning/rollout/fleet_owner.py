@@ -88,10 +88,13 @@ class FleetOwner(LightningDataModule, ABC):
 
     # -- Companion
 
-    def start_on_driver(self, trainer: Trainer, check: Check) -> RolloutFleet:
-        """Starts controller and workers, or has those of an earlier attempt begin anew."""
+    def check_on_driver(self, trainer: Trainer) -> None:
+        """Reads all prompts, which the ranks get with their copy, and refuses what is wrong."""
         self.trainer = trainer
         self.check_run("fit" if trainer.state.fn == TrainerFn.FITTING else "")
+
+    def start_on_driver(self, check: Check) -> RolloutFleet:
+        """Starts controller and workers, or has those of an earlier attempt begin anew."""
         if self.fleet is not None:
             try:
                 self.fleet.begin(check)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.errors import RejectionsError
 from rl_lightning.rollout.group_record import GroupRecord
 
 
@@ -30,13 +30,13 @@ class GroupSelection:
         """A group will be trained on."""
         self._in_a_row = 0
 
-    def note_refused(self, reason: str) -> RolloutError | None:
+    def note_refused(self, reason: str) -> RejectionsError | None:
         """A group will not be trained on; why the run cannot go on, if that was one too many."""
         self._in_a_row += 1
         if self._in_a_row < self._max_in_a_row:
             return None
         low, high = self._bounds
-        return RolloutError(
+        return RejectionsError(
             f"{self._in_a_row} prompt groups in a row were not trained on, the last one because: {reason}; check the rewards, "
             f"group_filter, success_rate_lb={low} and success_rate_ub={high}, or raise max_rejections"
         )

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rl_lightning.failure import NoClusterError
+
 logger = logging.getLogger(__name__)
 
 LOCAL, AUTO = "local", "auto"
@@ -172,7 +174,7 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ConnectionError(_refusal(address)) from error
+        raise NoClusterError(_refusal(address)) from error
 
 
 def _running_address(temp_dir: str | None) -> str | None:
@@ -193,7 +195,7 @@ def _probe(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
-        raise ConnectionError(
+        raise NoClusterError(
             f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, or leave the "
             f"address out to start one on this machine"
         ) from error

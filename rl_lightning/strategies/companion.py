@@ -19,10 +19,17 @@ class Companion(Protocol):
     copy, before the trainer does anything with it, the other methods on the driver.
     """
 
+    def check_on_driver(self, trainer: Trainer) -> None:
+        """Reads what the ranks get a copy of, and refuses what is wrong with it, before anything is started.
+
+        Raises:
+            ValueError: names the options that do not go together, or the file and line.
+        """
+
     def demand(self) -> Demand:
         """What the actors ask of the cluster that the driver has joined."""
 
-    def start_on_driver(self, trainer: Trainer, check: Callable[[], None]) -> Any:
+    def start_on_driver(self, check: Callable[[], None]) -> Any:
         """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them.
 
         `check` is called again and again while it waits, and may raise to give up.

@@ -73,17 +73,20 @@ class RayLauncher(_Launcher):
         self, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any, signals: StopSignals
     ) -> RunResult | None:
         """Rank 0's result; None where the run was stopped and had to be killed."""
+        companion = find_companion((*args, *kwargs.values()))
+        if companion is not None:
+            companion.check_on_driver(trainer)
         job = make_job(trainer, (function, args, kwargs), self._strategy.return_weights)
         cluster.connect(self._strategy.ray_init, signals.check)
         signals.install()
         signals.check()
-        settings, companion = self._group_settings(), find_companion((*args, *kwargs.values()))
+        settings = self._group_settings()
         logger.info("starting %s", settings)
         demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
         await_resources(demands, settings.start_timeout_s, signals.check)
 
         def start_companion() -> Any:
-            return None if companion is None else companion.start_on_driver(trainer, signals.check)
+            return None if companion is None else companion.start_on_driver(signals.check)
 
         try:
             result = self._train(settings, job, signals, start_companion)

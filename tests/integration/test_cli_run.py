@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 USER_CODE = '''
+from pathlib import Path
+
 from rl_lightning import AsyncPPOModule
 
 
@@ -25,6 +27,15 @@ class Reinforce(AsyncPPOModule):
     def policy_loss(self, logprobs, tokens):
         gain = tokens.advantages * logprobs * tokens.loss_mask
         return -gain.sum() / tokens.normalizer, {"surprise": -logprobs.detach()}
+
+
+class FailsOnce(Reinforce):
+    """Its third step, when it is tried for the first time."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 2 and not Path("failed").exists():
+            Path("failed").touch()
+            raise RuntimeError("no such luck")
 
 
 def even_digits(prompt, answer):
@@ -102,6 +113,21 @@ def test_a_users_loss_and_reward_by_class_path_and_the_saved_config_repeats_the_
     run(folder, "fit", "--config", str(logs / "config.yaml"))
     repeated = (folder / "runs/logs/mine/trial1/main.log").read_text()
     assert losses(repeated) == pytest.approx(losses(main_log), abs=1e-4) and len(losses(repeated)) == 6
+
+
+@pytest.mark.slow
+def test_an_attempt_after_a_failure_has_the_prompts_of_a_file_too(folder: Path, tiny_model: Path) -> None:
+    recipe = write_recipe(folder, tiny_model, ckpt_freq_steps=1)
+    options = yaml.safe_load(recipe.read_text())
+    lines = [json.dumps({"query_id": str(i), "prompt": f"{i}=", "task": "digits"}) for i in range(24)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    init = {"path": "prompts.jsonl", "max_prompt_len": 8, "extra_tasks": ["digits"]}
+    options["data"]["init_args"]["prompts"] = {"class_path": "rl_lightning.prompts.jsonl.JsonlPrompts", "init_args": init}
+    options["model"]["class_path"] = "mine.FailsOnce"
+    recipe.write_text(yaml.safe_dump(options))
+    output = run(folder, "fit", "--config", str(recipe))
+    assert "Failure 1" in output and "no such luck" in output
+    assert re.findall(r"step \d/6 \(global step (\d)\)", output) == list("123456")
 
 
 def assert_loads(exported: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 from run_samples import SmallData, SmallModule
 
 from rl_lightning.cli import RLCLI, main
+from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.rewards.exact import exact_match
 from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.datamodule import RolloutDataModule
@@ -121,6 +122,9 @@ def test_options_are_saved_resolved():
         (["--model=NoModule"], "model: expected an import path or the name of a known class, got 'NoModule'"),
         (["--model=nowhere.Module"], "model: No module named 'nowhere'; give an import path such as package.module.name"),
         (["--config=/none.yaml"], "config: File does not exist: '/none.yaml'"),
+        (["recipe.yaml"], "recipe.yaml is not an option; did you mean --config recipe.yaml?"),
+        (["--model=AsyncPPOModule"], "model.path is missing, which AsyncPPOModule needs"),
+        (["--model=run_samples.SmallData"], "model: run_samples.SmallData is no subclass of LightningModule"),
     ],
 )
 def test_wrong_options_are_one_sentence(capsys: pytest.CaptureFixture[str], options: list[str], sentence: str):
@@ -142,6 +146,40 @@ def test_wrong_options_of_nested_classes_are_one_sentence(capsys: pytest.Capture
     assert refused(capsys, *strategy) == f"{asked}; did you mean collective_timeout_s?"
 
 
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "the command is missing, one of fit, validate, test, predict: rl-lightning fit --config RECIPE"),
+        (["fit"], "--data and --model missing: give a recipe by --config"),
+        (["--config=recipe.yaml", "fit"], "options come after the command: rl-lightning fit --config RECIPE"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], sentence: str
+):
+    monkeypatch.setattr(sys, "argv", ["__main__.py"])  # as in `python -m rl_lightning`
+    Path("recipe.yaml").write_text("trainer: {max_epochs: 1}")
+    with pytest.raises(SystemExit) as exit_:
+        RLCLI(args)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"rl-lightning: error: {sentence}"
+
+
+def test_classes_and_functions_of_the_wrong_kind_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("with_a_slip.py").write_text("def score(:")
+    rollouts = ["--data=RolloutDataModule", "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts"]
+    own = "run_samples.SmallData is no {}: it lacks its methods, or their annotations"
+    workflow = "--data.workflow=run_samples.SmallData"
+    assert refused(capsys, *rollouts, workflow) == "data.workflow: " + own.format("Workflow")
+    assert refused(capsys, *rollouts, "--data.engine=run_samples.SmallData") == "data.engine: " + own.format("Engine")
+    assert refused(capsys, rollouts[0], "--data.prompts=run_samples.SmallData") == "data.prompts: " + own.format("PromptDataset")
+    reward = '--data.rewards=[{"reward":"with_a_slip.score"}]'
+    assert refused(capsys, *rollouts, reward) == "data.rewards.reward: invalid syntax (with_a_slip.py, line 1)"
+
+
 def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
     for options, sentence in (
         (["--model.lr=-1"], "lr=-1.0 must be above 0"),
@@ -151,12 +189,56 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
             ["--ckpt_path=last", "--run.trial=none"],
             "--ckpt_path last: there is no restart checkpoint in runs/checkpoints/experiment/none",
         ),
+        (["--ckpt_path=none/last.ckpt"], "--ckpt_path none/last.ckpt: there is no such file or folder"),
+        (["--run.fileroot=/proc/none"], "run.fileroot=/proc/none cannot be written to ("),
     ):
         caplog.clear()
         with pytest.raises(SystemExit) as exit_:
             main(["fit", *SMALL, *QUIET, *options])
         assert exit_.value.code == 2
         assert caplog.records[-1].getMessage().startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("lost", "option", "sentence"),
+    [
+        ("config.json", [], "model.path=m is a folder without config.json: give one written by save_pretrained"),
+        ("model.safetensors", [], "model.path=m is a folder without model.safetensors: give one written"),
+        ("", [], "model.path: m/model.safetensors cannot be read ("),
+        ("tokenizer.json", [], "no tokenizer could be loaded from model path 'm' ("),
+        (None, ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val=1.0: use model.optimizer.gradient_clipping instead"),
+        (
+            None,
+            ["--trainer.accumulate_grad_batches=4"],
+            "trainer.accumulate_grad_batches=4: use a larger data.batch_size instead",
+        ),
+        (None, ["--data.max_concurrent_rollouts=0"], "max_concurrent_rollouts=0 must be at least 1"),
+        (None, ["--data.num_engines=0"], "num_engines=0 must be positive"),
+        (None, ["--data.reward_timeout_s=-1"], "reward_timeout_s=-1.0 must be positive"),
+    ],
+)
+def test_what_cannot_be_read_or_followed_is_told_before_anything_starts(
+    caplog: pytest.LogCaptureFixture, lost: str | None, option: list[str], sentence: str
+):
+    write_tiny_model(Path("m"))
+    if lost:
+        for file in Path("m").glob(lost.replace("tokenizer.json", "tokenizer*")):
+            file.unlink()
+    elif lost is not None:
+        Path("m/model.safetensors").write_bytes(Path("m/model.safetensors").read_bytes()[:1000])
+    arguments = [
+        "--model=AsyncPPOModule",
+        "--model.path=m",
+        "--data=RolloutDataModule",
+        "--data.prompts=rl_lightning.prompts.arithmetic.ArithmeticPrompts",
+        '--data.rewards=[{"reward":"rl_lightning.rewards.exact.exact_match"}]',
+        "--data.engine=rl_lightning.engines.torch.TorchEngine",
+        "--trainer.accelerator=cpu",
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *arguments, *option])
+    assert exit_.value.code == 2
+    assert caplog.records[-1].getMessage().startswith(sentence)
 
 
 def test_weights_and_biases_not_installed(monkeypatch: pytest.MonkeyPatch):

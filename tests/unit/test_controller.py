@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller import RolloutController
@@ -159,8 +160,9 @@ def test_rejected_groups_give_their_place_back_until_the_run_says_that_all_are_r
             await put_all(controller, "a", await controller.lease("a", 9))
         assert (await controller.statistics())["groups_rejected"] == 4
         await put_all(controller, "a", (await controller.lease("a", 1)))
-        with pytest.raises(RolloutError, match=r"5 prompt groups in a row .*success_rate_lb=0.9"):
+        with pytest.raises(RolloutError, match=r"5 prompt groups in a row .*success_rate_lb=0.9") as raised:
             await controller.take(0)
+        assert not may_be_mended_by_restart(raised.value)
 
     run(scenario())
 

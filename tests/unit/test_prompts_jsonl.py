@@ -61,7 +61,7 @@ BAD_LINES = [
     ({**MATH, "messages": CHAT["messages"]}, "keep one"),
     ({**CHAT, "messages": [{"role": "user"}]}, "every message needs"),
     ({**MATH, "task": "maths"}, "unknown task 'maths', known are math, code, stem"),
-    (without(MATH, "solutions"), "missing field 'solutions', which task math needs"),
+    (without(MATH, "solutions"), "missing field 'solutions', which task math needs; give it, or a task"),
     ({**MATH, "solutions": "2"}, "must be a non-empty list of non-empty strings"),
     (without(CODE, "input_output"), "missing field 'input_output', which task code needs"),
     ({**CODE, "input_output": "{"}, "'input_output' is not valid JSON"),

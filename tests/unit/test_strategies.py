@@ -13,15 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.strategies import RayStrategy, cluster
 from rl_lightning.strategies.channel import RunChannel
 from rl_lightning.strategies.demand import Demand, shortage
 from rl_lightning.strategies.events import EventHandler
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
 from rl_lightning.strategies.job import worker_environment
+from rl_lightning.strategies.launcher import RayLauncher
 from rl_lightning.strategies.place import Place, in_order, number
 from rl_lightning.strategies.progress import ProgressForwarder, ProgressUpdate, ProgressView, replace_bars
 
@@ -135,8 +138,10 @@ def test_wrong_addresses_are_found_at_once() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    with pytest.raises(ConnectionError, match=f"no Ray cluster answers at 127.0.0.1:{port} .*ray start --head --port={port}"):
+    sentence = f"no Ray cluster answers at 127.0.0.1:{port} .*ray start --head --port={port}"
+    with pytest.raises(ConnectionError, match=sentence) as raised:
         cluster._probe(f"127.0.0.1:{port}")
+    assert not may_be_mended_by_restart(raised.value)
     for address in ("ray://somewhere:10001", "somewhere", "host:port"):
         with pytest.raises(ValueError, match="local, auto or host:port"):
             cluster._probe(address)
@@ -233,3 +238,19 @@ def test_the_driver_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, c
     drawn = capsys.readouterr().err
     assert "Epoch 1/2: 100%" in drawn and "2/2" in drawn and "reward=0.75" in drawn
     assert "Epoch 2/2" in drawn
+
+
+class WithBadData:
+    """A companion whose check finds something; nothing else of it is asked for."""
+
+    def check_on_driver(self, trainer: Trainer) -> None:
+        raise ValueError("data.jsonl line 3")
+
+    demand = start_on_driver = end_on_driver = join = check_on_driver
+
+
+def test_data_is_checked_before_anything_starts() -> None:
+    trainer = Trainer(accelerator="cpu", strategy=RayStrategy(num_workers=1), logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="line 3"):
+        RayLauncher(trainer.strategy).launch(print, WithBadData(), trainer=trainer)
+    assert not ray.is_initialized()
