@@ -124,7 +124,7 @@ def test_an_engine_that_never_works_stops_the_run_with_its_reason():
         run(scenario())
 
 
-def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
+def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker(caplog: pytest.LogCaptureFixture):
     class Fussy(SingleTurnWorkflow):
         async def run(self, lease, *args):
             if lease.index == 1:
@@ -140,6 +140,8 @@ def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
     batches, statistics = run(scenario())
     assert sorted(g.index for batch in batches for g in batch) == [0, 2, 3, 4, 5, 6]
     assert statistics["groups_abandoned"] == 1
+    assert [record.exc_info is not None for record in caplog.records if "could not be answered" in record.message] == [True]
+    assert "came back from a: KeyError: 'no such tool'" in caplog.text
 
 
 def test_wrong_weights_are_the_callers_to_handle():
