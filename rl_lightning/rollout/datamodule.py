@@ -169,6 +169,7 @@ class RolloutDataModule(FleetOwner):
             dataset.setup(tokenizer)
             dropped = {k: v for k, v in getattr(dataset, "counts", {}).items() if v}
             logger.info("%d %s prompts%s", len(dataset), name, f" (dropped: {dropped})" if dropped else "")
+        self._warn_of_context()
         self._loaded = True
 
     @property
@@ -342,6 +343,21 @@ class RolloutDataModule(FleetOwner):
     def _resync(self, workers: Any) -> None:
         if self.resync is not None:
             self.resync(workers)
+
+    def _warn_of_context(self) -> None:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_path).get_text_config()
+        except (OSError, ValueError):  # a folder with nothing but a tokenizer; the model's own check names what is missing
+            return
+        context, longest = getattr(config, "max_position_embeddings", None), getattr(self.prompts, "max_prompt_len", 1)
+        if context is not None and longest + self.generation.max_new_tokens > context:
+            logger.warning(
+                "generation.max_new_tokens=%d after prompts of up to %d tokens is more than the model's context of %d: answers "
+                "that reach its end are cut off there",
+                self.generation.max_new_tokens, longest, context,
+            )  # fmt: skip
 
     def _warn_of_bias(self) -> None:
         params = self.generation
