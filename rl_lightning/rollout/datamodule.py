@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
@@ -256,8 +258,9 @@ class RolloutDataModule(FleetOwner):
         return {"rollouts": self.fleet.call("state_dict", self._step())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on at the saved position; open prompts are answered again first."""
-        if self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
+        """Goes on at the saved position; open prompts are answered again first. Validation alone begins at step 0."""
+        is_fit = self._trainer.state.fn == TrainerFn.FITTING
+        if is_fit and self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
             self.fleet.call("load_state_dict", state_dict["rollouts"])
             self.fleet.state = state_dict["rollouts"]
 
