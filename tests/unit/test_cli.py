@@ -311,7 +311,7 @@ def test_validate_writes_to_the_run_it_validates(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "rl_lightning"):
         RLCLI(["validate", *SMALL, "--ckpt_path=last", "--trainer.enable_progress_bar=false"])
     assert sorted(p.name for p in Path("runs/logs/experiment").iterdir()) == ["trial0"]
-    assert "val_reward" in caplog.text
+    assert "Validation of runs/checkpoints/experiment/trial0/last.ckpt" in caplog.text and "val_reward" in caplog.text
 
 
 # -- going on
