@@ -187,6 +187,8 @@ class RolloutDataModule(FleetOwner):
         Raises:
             ValueError: names the options that do not go together, or the file and line.
         """
+        if stage != "fit" and self.validation_prompts is None:
+            raise ValueError("validation_prompts is null: there is nothing to validate with; name a data set as for prompts")
         self.check_inputs()
         world_size = self._ranks()[1]
         self._check_shares(world_size)

@@ -162,6 +162,8 @@ def test_options_that_contradict_each_other_are_refused_before_an_engine_starts(
     with pytest.raises(ValueError, match=r"batch_size=3 .*ppo.n_minibatches=2"):
         fit(make_module(tiny_model, n_minibatches=2, group_adv_norm=False), data, max_steps=1)
     assert data.fleet is None
+    with pytest.raises(ValueError, match="validation_prompts is null"):
+        make_trainer(1).validate(make_module(tiny_model), datamodule=make_data(tiny_model))
 
 
 def test_a_resumed_run_goes_on_at_the_same_prompt_and_version(tiny_model: Path, tmp_path: Path) -> None:

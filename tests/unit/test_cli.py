@@ -192,6 +192,7 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
         ),
         (["--ckpt_path=none/last.ckpt"], "--ckpt_path none/last.ckpt: there is no such file or folder"),
         (["--run.fileroot=/proc/none"], "run.fileroot=/proc/none cannot be written to ("),
+        (["--run.tensorboard_path=/proc/none"], "run.tensorboard_path=/proc/none cannot be written to ("),
     ):
         caplog.clear()
         with pytest.raises(SystemExit) as exit_:
