@@ -77,7 +77,6 @@ class RLCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "rl-lightning"},  # also as `python -m rl_lightning`
             args=args,
             run=run,
         )
