@@ -77,7 +77,6 @@ class RLCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "rl-lightning"},  # also as `python -m rl_lightning`
             args=args,
             run=run,
         )
@@ -226,6 +225,11 @@ def run_loggers(run: RunConfig, given: Any) -> list[Logger] | bool:
 
 def _tensorboard(run: RunConfig) -> Logger:
     folder = Path(run.tensorboard_path) if run.tensorboard_path is not None else run.logs
+    if run.tensorboard_path is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run.tensorboard_path={folder} cannot be written to ({error}): name a folder that can") from None
     return TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
 
 

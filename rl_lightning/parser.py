@@ -34,6 +34,9 @@ NOISE = ("Expected a path but", "Expected a <class 'NoneType'>")
 class RunArgumentParser(LightningArgumentParser):
     """Says in one sentence which option is wrong, why, and which one may have been meant."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": "rl-lightning", **kwargs})  # also as `python -m rl_lightning`
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with status 2, or raises where the caller asked for that."""
         if not self.exit_on_error:

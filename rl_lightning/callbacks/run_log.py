@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rl_lightning.callbacks.main_log import MainLog
 
@@ -68,7 +69,9 @@ class RunLog(Callback):
         """What validation measured: every metric whose name starts with `val`."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
         if trainer.is_global_zero and metrics:
-            logger.info("Validation after global step %d%s", trainer.global_step, format_statistics(metrics))
+            alone = trainer.state.fn != TrainerFn.FITTING  # Lightning counts no steps then, whatever the checkpoint's are
+            what = f"of {trainer.ckpt_path or 'the model'}" if alone else f"after global step {trainer.global_step}"
+            logger.info("Validation %s%s", what, format_statistics(metrics))
 
     def _step_line(self, trainer: Trainer, batch_idx: int, now: float) -> str:
         step_s, total_s = now - self._last_s, now - self._started_s

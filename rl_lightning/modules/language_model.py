@@ -134,6 +134,21 @@ class LanguageModule(LightningModule):
             inject_lora(model, self.lora, seed=self.seed)
         self.model = prepare_training(model, gradient_checkpointing=self.gradient_checkpointing)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The weights of a checkpoint.
+
+        Raises:
+            ValueError: they are those of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1:2] or [str(error)]
+            raise ValueError(
+                f"the checkpoint is one of another model than {self.path} with lora={self.lora} ({first[0].strip()[:150]} ...): "
+                f"go on with the options that it was written with, or leave --ckpt_path out"
+            ) from error
+
     def _choose_sharding(self) -> Sharding | None:
         """As the strategy laid out its ranks; None where every rank holds the whole model."""
         if self.device_mesh is None:

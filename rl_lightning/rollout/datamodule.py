@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from rl_lightning.engines.engine import Engine
 from rl_lightning.prompts.dataset import PromptDataset
 from rl_lightning.rewards.reward import WeightedReward
@@ -169,6 +171,7 @@ class RolloutDataModule(FleetOwner):
             dataset.setup(tokenizer)
             dropped = {k: v for k, v in getattr(dataset, "counts", {}).items() if v}
             logger.info("%d %s prompts%s", len(dataset), name, f" (dropped: {dropped})" if dropped else "")
+        self._warn_of_context()
         self._loaded = True
 
     @property
@@ -184,6 +187,8 @@ class RolloutDataModule(FleetOwner):
         Raises:
             ValueError: names the options that do not go together, or the file and line.
         """
+        if stage != "fit" and self.validation_prompts is None:
+            raise ValueError("validation_prompts is null: there is nothing to validate with; name a data set as for prompts")
         self.check_inputs()
         world_size = self._ranks()[1]
         self._check_shares(world_size)
@@ -255,8 +260,9 @@ class RolloutDataModule(FleetOwner):
         return {"rollouts": self.fleet.call("state_dict", self._step())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on at the saved position; open prompts are answered again first."""
-        if self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
+        """Goes on at the saved position; open prompts are answered again first. Validation alone begins at step 0."""
+        is_fit = self._trainer.state.fn == TrainerFn.FITTING
+        if is_fit and self.fleet is not None and "rollouts" in state_dict and self._trainer.is_global_zero:
             self.fleet.call("load_state_dict", state_dict["rollouts"])
             self.fleet.state = state_dict["rollouts"]
 
@@ -342,6 +348,21 @@ class RolloutDataModule(FleetOwner):
     def _resync(self, workers: Any) -> None:
         if self.resync is not None:
             self.resync(workers)
+
+    def _warn_of_context(self) -> None:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_path).get_text_config()
+        except (OSError, ValueError):  # a folder with nothing but a tokenizer; the model's own check names what is missing
+            return
+        context, longest = getattr(config, "max_position_embeddings", None), getattr(self.prompts, "max_prompt_len", 1)
+        if context is not None and longest + self.generation.max_new_tokens > context:
+            logger.warning(
+                "generation.max_new_tokens=%d after prompts of up to %d tokens is more than the model's context of %d: answers "
+                "that reach its end are cut off there",
+                self.generation.max_new_tokens, longest, context,
+            )  # fmt: skip
 
     def _warn_of_bias(self) -> None:
         params = self.generation

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class RolloutWorker:
         self._leases: dict[int, tuple[Lease, asyncio.Task[None]]] = {}
         self._failure: asyncio.Future[None] | None = None
         self._failures_in_a_row = 0
+        self._told: set[tuple[str, int | None]] = set()
         self._born_s = self._mark_s = time.monotonic()
         self._busy_s = 0.0
 
@@ -195,10 +197,17 @@ class RolloutWorker:
             await self.controller.fail(str(error), GroupFilterError)
             await self.controller.give_back(self.settings.name, lease, str(error), counts=True)
         except Exception as error:  # a user's workflow may raise anything: the group is counted and tried again
-            logger.exception("prompt group %d could not be answered", lease.index)
+            self._tell(error, lease)
             await self.controller.give_back(self.settings.name, lease, f"{type(error).__name__}: {error}", counts=True)
         else:
             self._failures_in_a_row = 0
+
+    def _tell(self, error: Exception, lease: Lease) -> None:
+        """With the traceback where none of that place was shown; why a group came back is told by the controller each time."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if (place.filename, place.lineno) not in self._told:
+            self._told.add((place.filename, place.lineno))
+            logger.error("prompt group %d could not be answered", lease.index, exc_info=error)
 
     async def _supervise(self) -> None:
         """Asks the engine for its health, so that a death is noticed with nothing in flight too."""

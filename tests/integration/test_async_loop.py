@@ -162,6 +162,8 @@ def test_options_that_contradict_each_other_are_refused_before_an_engine_starts(
     with pytest.raises(ValueError, match=r"batch_size=3 .*ppo.n_minibatches=2"):
         fit(make_module(tiny_model, n_minibatches=2, group_adv_norm=False), data, max_steps=1)
     assert data.fleet is None
+    with pytest.raises(ValueError, match="validation_prompts is null"):
+        make_trainer(1).validate(make_module(tiny_model), datamodule=make_data(tiny_model))
 
 
 def test_a_resumed_run_goes_on_at_the_same_prompt_and_version(tiny_model: Path, tmp_path: Path) -> None:
@@ -174,6 +176,9 @@ def test_a_resumed_run_goes_on_at_the_same_prompt_and_version(tiny_model: Path, 
     first = fit(make_module(tiny_model), make_data(tiny_model, eta=2), max_steps=7, callbacks=[Save()])
     second = fit(make_module(tiny_model), make_data(tiny_model, eta=2), max_steps=7, ckpt_path=str(tmp_path / "three.ckpt"))
     assert [batch.version for batch in first.batches + second.batches] == [0, 1, 2, 3, 4, 5, 6]
+    data = make_data(tiny_model, validation_prompts=LetterPrompts(6))
+    [results] = make_trainer(1).validate(make_module(tiny_model), datamodule=data, ckpt_path=str(tmp_path / "three.ckpt"))
+    assert 0 <= results["val_reward"] <= 1
     trained = first.trained + second.trained
     assert len(set(trained)) == len(trained) == 28, "no prompt twice"
     assert set(range(20)) <= set(trained), "no prompt lost, however it was in flight"

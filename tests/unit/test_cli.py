@@ -16,6 +16,7 @@ from rl_lightning.rewards.reward import WeightedReward
 from rl_lightning.rollout.datamodule import RolloutDataModule
 from rl_lightning.strategies import RayModelParallelStrategy, RayStrategy
 from rl_lightning.testing import FakeEngine, FakePrompts
+from rl_lightning.types import SamplingParams
 
 SMALL = ["--model=run_samples.SmallModule", "--data=run_samples.SmallData", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
@@ -191,6 +192,7 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
         ),
         (["--ckpt_path=none/last.ckpt"], "--ckpt_path none/last.ckpt: there is no such file or folder"),
         (["--run.fileroot=/proc/none"], "run.fileroot=/proc/none cannot be written to ("),
+        (["--run.tensorboard_path=/proc/none"], "run.tensorboard_path=/proc/none cannot be written to ("),
     ):
         caplog.clear()
         with pytest.raises(SystemExit) as exit_:
@@ -239,6 +241,15 @@ def test_what_cannot_be_read_or_followed_is_told_before_anything_starts(
         main(["fit", *arguments, *option])
     assert exit_.value.code == 2
     assert caplog.records[-1].getMessage().startswith(sentence)
+
+
+def test_answers_that_the_context_cuts_off_are_told(caplog: pytest.LogCaptureFixture):
+    write_tiny_model(Path("m"))
+    for length, is_told in ((512, False), (4096, True)):
+        generation = SamplingParams(max_new_tokens=length)
+        data = RolloutDataModule(FakePrompts(), [WeightedReward(exact_match)], "m", engine=FakeEngine(), generation=generation)
+        data.check_inputs()
+        assert ("is more than the model's context of 1024" in caplog.text) == is_told
 
 
 def test_weights_and_biases_not_installed(monkeypatch: pytest.MonkeyPatch):
@@ -301,7 +312,7 @@ def test_validate_writes_to_the_run_it_validates(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "rl_lightning"):
         RLCLI(["validate", *SMALL, "--ckpt_path=last", "--trainer.enable_progress_bar=false"])
     assert sorted(p.name for p in Path("runs/logs/experiment").iterdir()) == ["trial0"]
-    assert "val_reward" in caplog.text
+    assert "Validation of runs/checkpoints/experiment/trial0/last.ckpt" in caplog.text and "val_reward" in caplog.text
 
 
 # -- going on

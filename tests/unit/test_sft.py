@@ -149,3 +149,12 @@ def test_bad_and_long_lines_are_dropped_and_counted_where_allowed(tmp_path: Path
 def test_a_missing_file_is_named(folder: str) -> None:
     with pytest.raises(ValueError, match="no_such.jsonl does not exist"):
         load("no_such.jsonl", folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    small, wide = (SFTModule(write_model(tmp_path / str(size), intermediate_size=size)) for size in (16, 48))
+    for module in (small, wide):
+        module.configure_model()
+    with pytest.raises(ValueError, match=r"the checkpoint is one of another model than .*/48 .*size mismatch"):
+        wide.load_state_dict(small.state_dict())
+    assert small.load_state_dict(small.state_dict()).missing_keys == []

@@ -141,7 +141,7 @@ def test_an_engine_whose_update_the_trainer_gave_up_is_restarted():
     run(scenario())
 
 
-def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
+def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker(caplog: pytest.LogCaptureFixture):
     class Fussy(SingleTurnWorkflow):
         async def run(self, lease, *args):
             if lease.index == 1:
@@ -157,6 +157,8 @@ def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker():
     batches, statistics = run(scenario())
     assert sorted(g.index for batch in batches for g in batch) == [0, 2, 3, 4, 5, 6]
     assert statistics["groups_abandoned"] == 1
+    assert [record.exc_info is not None for record in caplog.records if "could not be answered" in record.message] == [True]
+    assert "came back from a: KeyError: 'no such tool'" in caplog.text
 
 
 def test_a_group_with_an_empty_answer_costs_its_prompt_and_not_the_run():
