@@ -87,11 +87,11 @@ class RecoveryCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves when the run is stopped between two steps.
 
-        SIGTERMException comes at the same step in all ranks; KeyboardInterrupt may come in one alone, which then could
-        not save without the others.
+        SIGTERMException comes at the same step in all ranks; KeyboardInterrupt, and the SystemExit that Ray makes of SIGTERM in
+        a process that waits for it, may come in one alone, which then could not save without the others.
         """
         together = isinstance(exception, SIGTERMException) or trainer.world_size == 1
-        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and together and self._between_steps and trainer.training:
             self._save(trainer)
 

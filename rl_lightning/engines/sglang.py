@@ -172,18 +172,19 @@ class SGLangEngine:
     async def update_weights(self, update: WeightUpdate) -> float:
         """See `Engine.update_weights`."""
         _, gate = self._parts()
-        assert self._pause is not None and self._memory is not None and self._receiver is not None
+        pause, memory, receiver = self._pause, self._memory, self._receiver  # of this start: an update may end after the next
+        assert pause is not None and memory is not None and receiver is not None
         try:
-            async with asyncio.timeout(self.sync_timeout_s), self._receiver.prepared(update) as load:
+            async with asyncio.timeout(self.sync_timeout_s), receiver.prepared(update) as load:
                 started = time.monotonic()
                 cache = self._cache_of(update.version)
-                async with self._pause.interrupted(update.version, asleep=self._memory.asleep, cache=cache):
-                    async with self._memory.resumed():
+                async with pause.interrupted(update.version, asleep=memory.asleep, cache=cache):
+                    async with memory.resumed():
                         sent = await load()
-                    await self._receiver.prove(update.version, sent)
+                    await receiver.prove(update.version, sent)
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
-            await self._pause.give_up()
+            await pause.give_up()
             if isinstance(error, TimeoutError):
                 waited = f"SGLang did not take version {update.version} within {self.sync_timeout_s:.0f} s (sync_timeout_s)"
                 raise EngineError(f"{waited}: {error}" if str(error) else waited) from None

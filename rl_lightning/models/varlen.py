@@ -98,13 +98,16 @@ LAYOUT = "Tensor[] spans, float scale, int reach"
 
 @torch.library.custom_op("rl_lightning::varlen_attention", mutates_args=(), schema=f"({INPUTS}, {LAYOUT}) -> (Tensor, Tensor)")
 def _attend(query: Tensor, key: Tensor, value: Tensor, spans: list[Tensor], scale: float, reach: int) -> tuple[Tensor, Tensor]:
-    """Output, and (heads, N) log of the partition sums; `reach` is how far back a token sees, -1 for all."""
+    """Output, and (heads, N) log of the partition sums; `reach` is how far back a token sees, -1 for all.
+
+    Contiguous, whatever the kernel: compiled code counts on what `register_fake` says.
+    """
     output, sums = _forward(query, key, value, _within_segments(Spans(*spans), scale, reach))
     to_prompts = _to_prompts(Spans(*spans), scale, reach)
     if to_prompts is not None:
         answers = to_prompts.queries
         _merge(output[answers], sums[:, answers], *_forward(query, key, value, to_prompts))
-    return output, sums
+    return output.contiguous(), sums
 
 
 @_attend.register_fake
@@ -129,7 +132,7 @@ def _attend_backward(
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, contiguous."""
     saved = grad, query, key, value, output, sums
     grads = _backward(*saved, _within_segments(Spans(*spans), scale, reach))
     to_prompts = _to_prompts(Spans(*spans), scale, reach)
@@ -137,7 +140,7 @@ def _attend_backward(
         rows = to_prompts.queries, to_prompts.keys, to_prompts.keys
         for whole, part, more in zip(grads, rows, _backward(*saved, to_prompts), strict=True):
             whole[part] += more
-    return grads
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @_attend_backward.register_fake
@@ -152,7 +155,8 @@ def _(
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return query, key, value
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

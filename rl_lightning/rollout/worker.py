@@ -122,15 +122,14 @@ class RolloutWorker:
             EngineError: the engine is not up, or failed now and will be restarted.
             WeightMismatchError: from the engine.
         """
-        if self._failure is None:
+        if (began_with := self._failure) is None:
             raise EngineError(f"{self.settings.name}: the engine is not up yet")
         try:
             return await self.engine.update_weights(update)
-        except EngineError as error:
-            self._engine_failed(error)
-            raise
-        except asyncio.CancelledError:  # the trainer waits no longer: an engine that hangs would not say so itself
-            self._engine_failed(EngineError(f"the update to version {update.version} was given up before it was done"))
+        except (EngineError, asyncio.CancelledError) as error:
+            given_up = EngineError(f"the update to version {update.version} was given up before it was done")
+            if self._failure is began_with:  # else the engine has been restarted meanwhile
+                self._engine_failed(error if isinstance(error, EngineError) else given_up)
             raise
 
     async def yield_memory(self) -> None:

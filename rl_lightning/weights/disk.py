@@ -99,11 +99,16 @@ def write_shards(folder: Path, weights: WeightSource, shard_bytes: int) -> Finge
     files: dict[str, str] = {}
     specs = weights.specs()
     taker = FingerprintTaker(specs)
-    for i, bucket in enumerate(fill_buckets(plan_buckets(specs, shard_bytes), weights), start=1):
-        file = f"model-{i:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in bucket}, folder / file, metadata={"format": "pt"})
-        files.update({name: file for name, _ in bucket})
-        taker.look(bucket)
+    buckets = fill_buckets(plan_buckets(specs, shard_bytes), weights)
+    try:
+        for i, bucket in enumerate(buckets, start=1):
+            file = f"model-{i:05d}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in bucket}, folder / file, metadata={"format": "pt"})
+            files.update({name: file for name, _ in bucket})
+            taker.look(bucket)
+    finally:
+        for _ in buckets:  # other trainer ranks gather along to the end, also where the disk is full
+            pass
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return taker.fingerprint()

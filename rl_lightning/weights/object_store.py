@@ -44,9 +44,14 @@ class ObjectStoreTransport:
         """Stores the weights, bucket by bucket; one update for each of `targets`, all with the same references."""
         weights = in_dtype_of(targets, weights)
         taker, self._buckets = FingerprintTaker(weights.specs()), []
-        for bucket in fill_buckets(plan_buckets(weights.specs(), self._bucket_bytes), weights):
-            taker.look(bucket)
-            self._buckets.append(_store(bucket))
+        buckets = fill_buckets(plan_buckets(weights.specs(), self._bucket_bytes), weights)
+        try:
+            for bucket in buckets:
+                taker.look(bucket)
+                self._buckets.append(_store(bucket))
+        finally:
+            for _ in buckets:  # other trainer ranks gather along to the end, also where the store is full
+                pass
         proof = taker.fingerprint()
         return [WeightUpdate(version, self.name, {"buckets": self._buckets}, proof) for _ in targets]
 

@@ -295,7 +295,10 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path: Path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
-@pytest.mark.parametrize(("error", "ends_with"), [(KeyboardInterrupt, SystemExit), (SIGTERMException, SIGTERMException)])
+@pytest.mark.parametrize(
+    ("error", "ends_with"),
+    [(KeyboardInterrupt, SystemExit), (SIGTERMException, SIGTERMException), (SystemExit, SystemExit)],
+)
 def test_stopped_while_waiting_saves_and_resumes_exactly(
     tmp_path: Path, error: type[BaseException], ends_with: type[BaseException]
 ):

@@ -6,7 +6,8 @@ import asyncio
 import json
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from rl_lightning.engines.sglang_receiver import as_held
 from rl_lightning.engines.sglang_server import wants_cpu
 from rl_lightning.types import GenerationRequest, SamplingParams
 from rl_lightning.weights.fingerprint import find_mismatch
-from rl_lightning.weights.transport import Sample
+from rl_lightning.weights.transport import Sample, WeightUpdate
 
 
 def make_answer(stop: tuple[str, ...] = (), least: int = 0, most: int = 10) -> Answer:
@@ -235,6 +236,30 @@ def test_silence_is_a_death_unless_an_update_explains_it(during_update: bool, mo
     else:
         with pytest.raises(EngineError, match="no sign of life"):
             asyncio.run(scenario())
+
+
+def test_an_update_that_fails_late_leaves_a_server_alone_that_was_started_meanwhile() -> None:
+    class Trainer:
+        """Goes away when a new server is up."""
+
+        @asynccontextmanager
+        async def prepared(self, update: WeightUpdate) -> AsyncIterator[None]:
+            start(new)
+            raise EngineError("the trainer went away")
+            yield
+
+    def start(client: HeldClient) -> None:
+        engine._client, engine._gate = client, GenerationGate()
+        engine._pause = Pause(client, engine._gate, InFlight())
+        engine._pause.holds = True
+        engine._memory, engine._receiver = ServerMemory(client, engine._pause), Trainer()  # type: ignore[assignment]
+        engine._gate.open(0)
+
+    engine, old, new = SGLangEngine(device="cpu"), HeldClient(), HeldClient()
+    start(old)
+    with pytest.raises(EngineError, match="went away"):
+        asyncio.run(engine.update_weights(WeightUpdate(1, "tensor", {}, None)))
+    assert (old.asked, new.asked) == (["/pause_generation", "/abort_request"], [])
 
 
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:

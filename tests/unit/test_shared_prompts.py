@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training_samples import Alone, make_batch, padded_logprobs, write_model
 
 from rl_lightning.batching.micro_batch import make_micro_batch, pack_micro_batches, saved_by_sharing
 from rl_lightning.batching.spans import Spans
+from rl_lightning.models import varlen
 from rl_lightning.models.fused_logprobs import fused_logprobs
 from rl_lightning.models.logprobs import repeated, token_logprobs
 from rl_lightning.models.varlen import varlen_attention
@@ -67,6 +70,33 @@ def test_half_precision_is_rounded_like_one_call() -> None:
     expected = torch.autograd.grad(dense_attention(*wide, lengths, parents, 0.3).sum(), wide)
     for found, wanted in zip(gradients, expected, strict=True):
         assert float((found.double() - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("like_inputs", [True, False])
+def test_results_lie_where_compiled_code_looks_for_them(like_inputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the kernel: those of PyTorch give tensors that lie like the inputs, here heads first, and cuDNN's does not."""
+
+    def laid_out(found: Tensor, like: Tensor) -> Tensor:
+        return torch.empty_like(like).copy_(found) if like_inputs else found.contiguous()
+
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        output, sums = kernels[0](*inputs)
+        return laid_out(output, inputs[0]), sums
+
+    def backward(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(map(laid_out, kernels[1](*inputs), inputs[1:4]))
+
+    kernels = varlen._forward, varlen._backward
+    monkeypatch.setattr(varlen, "_forward", forward)
+    monkeypatch.setattr(varlen, "_backward", backward)
+    inputs, spans = [torch.randn(heads, 8, 16).transpose(0, 1) for heads in (4, 2, 2)], list(Spans.of([5, 3], [0, 1]))
+    fake = FakeTensorMode()
+    looked_for, layout = list(map(fake.from_tensor, inputs)), (list(map(fake.from_tensor, spans)), 0.3, -1)
+    outputs, expected = varlen._attend(*inputs, spans, 0.3, -1), varlen._attend(*looked_for, *layout)
+    assert [x.stride() for x in outputs] == [x.stride() for x in expected]
+    gradients = varlen._attend_backward(outputs[0], *inputs, *outputs, spans, 0.3, -1)
+    expected = varlen._attend_backward(expected[0], *looked_for, *expected, *layout)
+    assert [x.stride() for x in gradients] == [x.stride() for x in expected]
 
 
 def test_a_window_over_shared_prompts_is_refused_by_the_operator() -> None:

@@ -21,6 +21,7 @@ from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import DistributedTransport, describe, flatten, unbound_default_group
 from rl_lightning.weights.fingerprint import find_mismatch, pick, sampled_positions, take_fingerprint
+from rl_lightning.weights.object_store import ObjectStoreTransport
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.transport import WeightTarget
 
@@ -122,6 +123,29 @@ def test_the_weights_are_gathered_to_the_end_though_nobody_takes_them(transport:
     transport.stage(1, Gathered(WEIGHTS), [X])
     with pytest.raises(TimeoutError):
         transport.send(0.1)
+    assert given == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["disk", "object_store"])
+def test_they_are_gathered_to_the_end_though_there_is_no_room_for_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    class Gathered(NamedWeights):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in WEIGHTS:
+                given.append(name)
+                yield name, tensor
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("rl_lightning.weights.object_store._put", full)
+    transport = DiskTransport(tmp_path, shard_bytes=24) if kind == "disk" else ObjectStoreTransport(bucket_bytes=24)
+    with pytest.raises(OSError, match="no space left"):
+        transport.stage(1, Gathered(WEIGHTS), [X])
     assert given == ["a", "b", "c"]
 
 

@@ -141,6 +141,34 @@ def test_an_engine_whose_update_the_trainer_gave_up_is_restarted():
     run(scenario())
 
 
+def test_an_update_that_fails_when_its_engine_is_long_restarted_does_not_cost_the_new_one():
+    class Waiting(FakeEngine):
+        async def update_weights(self, update):
+            if self.starts > 1:
+                return await super().update_weights(update)
+            await ended.wait()
+            raise EngineError("SGLang was stopped")
+
+    async def scenario():
+        controller, engine = make_controller(), Waiting()
+        async with serving(engine, controller) as worker:
+            while not await controller.workers():
+                await asyncio.sleep(0.01)
+            late = asyncio.create_task(worker.update_weights(update(0)))
+            await asyncio.sleep(0)
+            engine.crash()
+            while engine.starts < 2 or not await controller.workers():
+                await asyncio.sleep(0.01)
+            ended.set()
+            with pytest.raises(EngineError, match="stopped"):
+                await late
+            await train(controller, worker, steps=2)
+            return engine.starts
+
+    ended = asyncio.Event()
+    assert run(scenario()) == 2
+
+
 def test_a_workflow_that_raises_costs_its_prompt_and_not_the_worker(caplog: pytest.LogCaptureFixture):
     class Fussy(SingleTurnWorkflow):
         async def run(self, lease, *args):
