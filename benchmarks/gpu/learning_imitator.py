@@ -49,6 +49,7 @@ class Imitator(SFTModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Multiplies the probabilities of each right answer's tokens."""
+        batch = batch.to("cpu")
         logprobs = self.batch_logprobs(batch, range(batch.n_seqs))
         sequence = torch.repeat_interleave(torch.arange(batch.n_seqs), batch.cu_seqlens.diff().long())
         sums = torch.zeros(batch.n_seqs, dtype=logprobs.dtype)

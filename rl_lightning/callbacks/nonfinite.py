@@ -88,7 +88,7 @@ class NonFiniteGuard(Callback):
             part.mkdir(parents=True)
         trainer.strategy.barrier("folder of the dump")
         generation = getattr(getattr(trainer, "datamodule", None), "generation", None)
-        step = SavedStep(batch, batch_idx, trainer.num_training_batches, generation)
+        step = SavedStep(batch.to("cpu"), batch_idx, trainer.num_training_batches, generation)
         if (share := share_number(trainer)) is not None:
             step.save(part / f"batch_rank{share}.pt")
         with _one_file(trainer.strategy):

@@ -203,6 +203,7 @@ class AsyncPPOModule(PolicyObjective):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One rollout batch: `n_minibatches` updates, one counted step."""
+        batch = batch.to("cpu")  # from another data module; micro-batches go to the device when their turn comes
         if self.ppo.mask_too_long:
             too_long = torch.repeat_interleave(batch.truncated, batch.cu_seqlens.diff().long())
             batch = replace(batch, loss_mask=batch.loss_mask & ~too_long)

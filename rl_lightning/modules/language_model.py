@@ -182,10 +182,6 @@ class LanguageModule(LightningModule):
         self._graphs = compiled_graphs()
         self.speed_up([model for model, _ in self.trained()])
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Batches stay on the CPU, where they are packed: micro-batches go to the device when their turn comes."""
-        return batch
-
     def speed_up(self, models: Sequence[torch.nn.Module]) -> None:
         """Compiles the layers of `models` where wanted, and decides about the activations of those that are trained."""
         on_gpu = self.device.type == "cuda"

@@ -54,6 +54,7 @@ class SFTModule(LanguageModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One update on one batch."""
+        batch = batch.to("cpu")  # from another data module; micro-batches go to the device when their turn comes
         statistics, started, rate = StepStatistics(), time.perf_counter(), self.learning_rate
         n_tokens = batch.loss_mask.sum().double()
         normalizer = max(1.0, float(self.ranks.sum(n_tokens, self.device)))
@@ -83,6 +84,7 @@ class SFTModule(LanguageModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the batch's answer tokens."""
+        batch = batch.to("cpu")
         logprobs = self.batch_logprobs(batch, range(batch.n_seqs))[batch.loss_mask]
         self._validated = self._validated + torch.stack([-logprobs.sum(), torch.tensor(float(len(logprobs)))])
 

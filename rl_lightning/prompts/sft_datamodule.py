@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -86,6 +87,10 @@ class SFTDataModule(LightningDataModule):
         if self.val_set is None:
             return []
         return SupervisedLoader(self.val_set, self.batch_size, *self._ranks(), None)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches stay on the CPU, where they are packed: micro-batches go to the device when their turn comes."""
+        return batch
 
     def _ranks(self) -> tuple[int, int]:
         """(rank, world size) of data parallelism."""

@@ -13,6 +13,7 @@ from rl_lightning.failure import find_cause, may_be_mended_by_restart
 from rl_lightning.rollout.errors import RolloutError
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Trainer
 
     from rl_lightning.rollout.fleet import Check, RolloutFleet
@@ -81,6 +82,10 @@ class FleetOwner(LightningDataModule, ABC):
             self.fleet = None
             if self._connected:
                 disconnect()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches stay on the CPU, where they are packed: micro-batches go to the device when their turn comes."""
+        return batch
 
     def on_exception(self, exception: BaseException) -> None:
         """A failed run leaves no engine behind."""

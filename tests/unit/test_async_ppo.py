@@ -77,11 +77,6 @@ def test_one_counted_step_a_batch_however_many_updates(folder: str) -> None:
     assert module.step_statistics["lr"] == pytest.approx(1e-3 / 3)
 
 
-def test_batches_stay_on_the_cpu(folder: str) -> None:
-    module, batch = Alone(folder), make_batch()
-    assert module._apply_batch_transfer_handler(batch, device=torch.device("meta")) is batch
-
-
 def test_prox_is_scored_before_the_first_update(folder: str) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 

@@ -112,6 +112,11 @@ def make_data(n_validation: int) -> RolloutDataModule:
     )
 
 
+def test_batches_stay_on_the_cpu():
+    batch = object()
+    assert make_data(2).transfer_batch_to_device(batch, torch.device("meta"), 0) is batch
+
+
 def test_a_rank_without_validation_prompts_is_refused_before_it_hangs():
     make_data(2)._check_shares(2)
     with pytest.raises(ValueError, match="validation_prompts holds 1 prompts, too few for 2 trainer ranks"):

@@ -96,6 +96,7 @@ def test_a_model_learns_and_its_validation_loss_says_so(tmp_path: Path, folder: 
     last = trainer.callback_metrics["val_loss"]
     assert last < 0.5 * first
     batch = data.val_set.batch(range(25))  # type: ignore[union-attr]
+    assert module._apply_batch_transfer_handler(batch, device=torch.device("meta")) is batch
     assert float(last) == pytest.approx(-float(padded_logprobs(module.model, batch)[batch.loss_mask].mean()), rel=1e-4)
 
 
