@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rl_lightning.engines.engine import WeightMismatchError
-from rl_lightning.rollout.errors import RejectionsError
+from rl_lightning.rollout.errors import RejectionsError, RewardsError
 
 
 class NonFiniteError(RuntimeError):
@@ -24,7 +24,7 @@ CONFIGURATION_ERRORS = (ValueError, FileNotFoundError, MisconfigurationException
 CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 """Wrong code: their traceback says where. Like the others they come again however often one tries."""
 
-TRAINING_ERRORS = (NonFiniteError, RejectionsError)
+TRAINING_ERRORS = (NonFiniteError, RejectionsError, RewardsError)
 """Training that cannot go on from where it stands: the message says how to look into it."""
 
 

@@ -73,7 +73,7 @@ class RolloutController:
         self._evaluations = EvaluationQueue()
         parties = (self._ledger, self._evaluations, self._roster)
         self._dispatcher = LeaseDispatcher(self._source, self._validation, s, *parties)
-        self._selection = GroupSelection(s.success_rate_lb, s.success_rate_ub, s.max_rejections)
+        self._selection = GroupSelection(s.success_rate_lb, s.success_rate_ub, s.max_rejections, s.gate.batch_size)
         self._shares = BatchShares(self._ledger)
         self._revoked: defaultdict[str, list[int]] = defaultdict(list)
         self._published = False
@@ -125,6 +125,8 @@ class RolloutController:
         else:
             self._ledger.finish(lease.index, record.n_tokens, content)
             self._selection.note_accepted()
+        if not lease.evaluation:
+            self._fatal = self._fatal or self._selection.note_scores(record)
         self._roster.note_return(worker)
         self._counts.update(answer_tokens=record.n_answer_tokens, groups=1)
         self._counts.update({f"reward_{kind}": n for kind, n in record.failures.items()})

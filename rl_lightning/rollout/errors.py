@@ -11,6 +11,10 @@ class RejectionsError(RolloutError):
     """Too many groups in a row were not trained on; another attempt would reject them again."""
 
 
+class RewardsError(RolloutError):
+    """Rewards fail on all answers; another attempt would see the same."""
+
+
 class StepLostError(RuntimeError):
     """What the step under way needs is gone; the engines are well, and another attempt from the checkpoint has it again."""
 

@@ -18,6 +18,7 @@ class GroupRecord:
         n_answer_tokens: generated tokens.
         success_rate: share of answers with a positive reward.
         failures: reward failures by kind.
+        is_scored: whether the rewards of any of its answers could be computed.
         passes_filter: what the user's `group_filter` says of it.
     """
 
@@ -25,6 +26,7 @@ class GroupRecord:
     n_answer_tokens: int
     success_rate: float
     failures: Mapping[str, int] = field(default_factory=dict)
+    is_scored: bool = True
     passes_filter: bool = True
 
     @classmethod
@@ -42,5 +44,6 @@ class GroupRecord:
             n_answer_tokens=sum(len(r.completion) for r in answers),
             success_rate=sum(r.reward > 0 for r in answers) / len(answers),
             failures=Counter(r.reward_failure for r in answers if r.reward_failure),
+            is_scored=not all(r.reward_failure for r in answers),
             passes_filter=passes_filter,
         )

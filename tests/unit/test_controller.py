@@ -7,7 +7,7 @@ from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller import RolloutController
 from rl_lightning.rollout.controller_settings import ControllerSettings
-from rl_lightning.rollout.errors import RolloutError, StepLostError
+from rl_lightning.rollout.errors import RewardsError, RolloutError, StepLostError
 from rl_lightning.rollout.group_record import GroupRecord
 from rl_lightning.rollout.share import Share, Waiting
 from rl_lightning.testing import FakeClock, FakePrompts
@@ -163,6 +163,33 @@ def test_rejected_groups_give_their_place_back_until_the_run_says_that_all_are_r
         with pytest.raises(RolloutError, match=r"5 prompt groups in a row .*success_rate_lb=0.9") as raised:
             await controller.take(0)
         assert not may_be_mended_by_restart(raised.value)
+
+    run(scenario())
+
+
+FAILED = GroupRecord(n_tokens=10, n_answer_tokens=4, success_rate=0.0, failures={"error": 2}, is_scored=False)
+
+
+def test_rewards_that_fail_on_all_answers_of_the_first_batch_end_the_run():
+    async def scenario():
+        controller = make_controller(batch=9)
+        await ready(controller, "a")
+        await put_all(controller, "a", await controller.lease("a", 8), FAILED)
+        await put_all(controller, "a", await controller.lease("a", 1), FAILED)
+        with pytest.raises(RewardsError, match=r"failed on all answers to the first 9 prompts \(18 x error\)") as raised:
+            await controller.check()
+        assert not may_be_mended_by_restart(raised.value)
+
+    run(scenario())
+
+
+def test_rewards_that_worked_once_may_fail():
+    async def scenario():
+        controller = make_controller(batch=4, eta=2)
+        await ready(controller, "a")
+        await put_all(controller, "a", await controller.lease("a", 1))
+        await put_all(controller, "a", await controller.lease("a", 11), FAILED)
+        assert isinstance(await controller.take(0), Share)
 
     run(scenario())
 
