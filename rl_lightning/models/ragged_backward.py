@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ LEAST_LENGTH = 256
 
 STEP = 4096
 """Tokens are rounded up to multiples of this: only the workspace grows with them."""
+
+MOST_PLANS = 512
+"""That are kept: shared prompts make many shapes."""
 
 MOST_HEAD_DIM = 128
 OLDEST_CUDNN = 91900
@@ -54,15 +57,14 @@ class _Plan(NamedTuple):
     workspace_bytes: int
 
 
-def has_ragged_backward(query: Tensor, key: Tensor) -> bool:
-    """Whether cuDNN and its frontend can do it, on a GPU for which it was measured.
+def has_ragged_backward(query: Tensor) -> bool:
+    """Whether cuDNN and its frontend are there, on a GPU for which it was measured.
 
     Args:
         query: (N, heads, head_dim).
-        key: (M, kv_heads, head_dim).
     """
     fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] % 16 == 0 and query.shape[2] <= MOST_HEAD_DIM
-    return fits and query.is_cuda and _makes_plans(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2])
+    return fits and query.is_cuda and _frontend(query.device) is not None
 
 
 def ragged_backward(
@@ -78,8 +80,8 @@ def ragged_backward(
     most_keys: int,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for what any kernel's forward pass left behind.
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients for what any kernel's forward pass left behind; only where `has_ragged_backward`.
 
     Args:
         grad: (N, heads, head_dim), of `output`.
@@ -96,13 +98,15 @@ def ragged_backward(
         scale: factor on the scores.
 
     Returns:
-        (N, heads, head_dim) of query, (M, kv_heads, head_dim) of key and of value.
+        (N, heads, head_dim) of query, (M, kv_heads, head_dim) of key and of value; None where cuDNN makes no plan for them.
     """
     (n, heads, head_dim), (m, kv_heads, _) = query.shape, key.shape
     segments = _power_of_two(len(query_starts) - 1, LEAST_SEGMENTS)
     longest = _power_of_two(most_queries, LEAST_LENGTH), _power_of_two(most_keys, LEAST_LENGTH)
     totals = -(-n // STEP) * STEP, -(-m // STEP) * STEP
     plan = _plan(_Shape(query.device, query.dtype, heads, kv_heads, head_dim, segments, *longest, *totals, causal, scale))
+    if plan is None:
+        return None
     q_lengths, (q_offsets, stats_offsets) = places(query_starts, segments, heads * head_dim, heads)
     kv_lengths, (kv_offsets,) = places(key_starts, segments, kv_heads * head_dim)
     inputs = (*(x.contiguous() for x in (query, key, value, output, grad)), sums.t().contiguous())
@@ -153,22 +157,6 @@ def _frontend(device: torch.device) -> Any | None:
 
 
 @cache
-def _makes_plans(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Tries the smallest: some versions of the frontend do not fit some of cuDNN."""
-    cudnn = _frontend(device)
-    if cudnn is None:
-        return False
-    lengths = LEAST_LENGTH, LEAST_LENGTH, STEP, STEP
-    try:
-        _plan(_Shape(device, dtype, heads, kv_heads, head_dim, LEAST_SEGMENTS, *lengths, True, head_dim**-0.5))
-    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
-        versions = f"nvidia-cudnn-frontend {cudnn.__version__} with cuDNN {cudnn.backend_version()}"
-        logger.warning("%s makes no plan for attention, PyTorch's kernels do it; another frontend may: %s", versions, error)
-        return False
-    return True
-
-
-@cache
 def _handle(device: torch.device, thread: int) -> Any:
     """A handle serves one thread at a time."""
     with torch.cuda.device(device):
@@ -181,11 +169,20 @@ def _handle_on_stream(device: torch.device) -> Any:
     return handle
 
 
-@cache
-def _plan(shape: _Shape) -> _Plan:
-    """Takes long, once for each shape."""
+@lru_cache(MOST_PLANS)
+def _plan(shape: _Shape) -> _Plan | None:
+    """Takes long, once for each shape. None where cuDNN refuses: some versions of the frontend do not fit some of cuDNN."""
     cudnn = _frontend(shape.device)
     assert cudnn is not None
+    try:
+        return _build(cudnn, shape)
+    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+        versions = f"nvidia-cudnn-frontend {cudnn.__version__} with cuDNN {cudnn.backend_version()}"
+        logger.warning("%s makes no plan for %s, PyTorch's kernels do it; another frontend may: %s", versions, shape, error)
+        return None
+
+
+def _build(cudnn: Any, shape: _Shape) -> _Plan:
     kinds = cudnn.data_type
     io_type = kinds.BFLOAT16 if shape.dtype == torch.bfloat16 else kinds.HALF
     types = {"io_data_type": io_type, "intermediate_data_type": kinds.FLOAT, "compute_data_type": kinds.FLOAT}

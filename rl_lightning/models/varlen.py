@@ -206,8 +206,10 @@ def _backward(
         return _cpu_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, call)
     is_causal, span = _masking(call)
     ragged = call.query_starts, call.key_starts, call.most_queries, call.most_keys
-    if call.reach < 0 and has_ragged_backward(query, key):
-        return ragged_backward(grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, call.causal, call.scale)
+    if call.reach < 0 and has_ragged_backward(query):
+        tensors = grad[call.queries], q, k, v, output[call.queries], normalizers
+        if (found := ragged_backward(*tensors, *ragged, call.causal, call.scale)) is not None:
+            return found
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     saved = (grad[call.queries], q, k, v, output[call.queries], normalizers, *ragged, 0.0, is_causal, *no_dropout)
     return aten._flash_attention_backward(*saved, scale=call.scale, **span)
