@@ -12,6 +12,10 @@ class EngineError(RuntimeError):
     """The engine failed or died; its owner restarts it. The message names the engine and the cause."""
 
 
+class UpdateGivenUpError(EngineError):
+    """The trainer or another engine gave a weight update up before anything was changed here: the engine is as it was."""
+
+
 class WeightMismatchError(RuntimeError):
     """The engine's weights are not the ones that were sent. The run stops: training on it would be silent nonsense."""
 
@@ -64,6 +68,7 @@ class Engine(Protocol):
 
         Raises:
             WeightMismatchError: the fingerprint differs.
+            UpdateGivenUpError: others gave up, and nothing was changed.
             EngineError: the engine died or did not answer in time.
         """
         ...

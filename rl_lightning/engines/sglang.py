@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rl_lightning.engines.answer import Answer, Decode
-from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.engine import EngineError, UpdateGivenUpError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
@@ -182,6 +182,8 @@ class SGLangEngine:
                     async with memory.resumed():
                         sent = await load()
                     await receiver.prove(update.version, sent)
+        except UpdateGivenUpError:
+            raise
         except BaseException as error:  # whatever it was, the weights may be half replaced
             gate.fail(f"SGLang has no weights to generate with: the update to version {update.version} failed: {error!r}")
             await pause.give_up()

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.engines.engine import EngineError, UpdateGivenUpError, WeightMismatchError
 from rl_lightning.weights.channel import POLL_S, SyncChannel, SyncFailed, connect_store
 from rl_lightning.weights.transport import Fingerprint, WeightTarget
 
@@ -43,7 +43,8 @@ class Receiver:
         """Does all that generation need not stand still for; gives what loads the weights.
 
         Raises:
-            EngineError: the transport is unknown, or the trainer went away.
+            UpdateGivenUpError: the trainer or another engine gave up before they agreed.
+            EngineError: the transport is unknown, or the trainer cannot be reached.
         """
         if update.transport == "disk":
             yield lambda: self._read(update)
@@ -53,7 +54,7 @@ class Receiver:
                 yield lambda: self._receive(channel, update.payload["buckets"])
         elif update.transport == "tensor":
             async with self._listening(update.payload) as channel:
-                first = await _told(partial(channel.poll_bucket, 0, update.payload["engine"]))
+                first = await _agreed(partial(channel.poll_bucket, 0, update.payload["engine"]))
                 yield lambda: self._copy(channel, update.payload, first)
         else:
             raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed, tensor or disk")
@@ -113,7 +114,7 @@ class Receiver:
 
     async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
         channel.report_group(payload["engine"], self._group)
-        group = await _told(channel.poll_go)
+        group = await _agreed(channel.poll_go)
         if group == self._group:
             return
         await self._client.leave_group(self._group)
@@ -142,6 +143,14 @@ async def _told(poll: Callable[[], T | None]) -> T:
     while (said := poll()) is None:
         await asyncio.sleep(POLL_S)
     return said
+
+
+async def _agreed(poll: Callable[[], T | None]) -> T:
+    """The first word of the trainer: until then nothing was changed here."""
+    try:
+        return await _told(poll)
+    except SyncFailed as error:
+        raise UpdateGivenUpError(f"the transfer of weights was given up: {error}") from None
 
 
 def target_of(info: Mapping[str, Any]) -> WeightTarget:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lightning.engines.engine import EngineError, YieldsMemory
+from rl_lightning.engines.engine import EngineError, UpdateGivenUpError, YieldsMemory
 from rl_lightning.rollout.errors import GroupFilterError
 from rl_lightning.rollout.group_filter import GroupFilter, passes
 from rl_lightning.rollout.group_record import GroupRecord
@@ -119,6 +119,7 @@ class RolloutWorker:
         """Hands `update` to the engine; returns the seconds that generation stood still.
 
         Raises:
+            UpdateGivenUpError: others gave up, and nothing was changed.
             EngineError: the engine is not up, or failed now and will be restarted.
             WeightMismatchError: from the engine.
         """
@@ -126,6 +127,8 @@ class RolloutWorker:
             raise EngineError(f"{self.settings.name}: the engine is not up yet")
         try:
             return await self.engine.update_weights(update)
+        except UpdateGivenUpError:
+            raise
         except (EngineError, asyncio.CancelledError) as error:
             given_up = EngineError(f"the update to version {update.version} was given up before it was done")
             if self._failure is began_with:  # else the engine has been restarted meanwhile

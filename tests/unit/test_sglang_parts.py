@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl_lightning.engines.answer import Answer, Segment
-from rl_lightning.engines.engine import EngineError
+from rl_lightning.engines.engine import EngineError, UpdateGivenUpError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
 from rl_lightning.engines.prefix import PrefixSharing
@@ -260,6 +260,22 @@ def test_an_update_that_fails_late_leaves_a_server_alone_that_was_started_meanwh
     with pytest.raises(EngineError, match="went away"):
         asyncio.run(engine.update_weights(WeightUpdate(1, "tensor", {}, None)))
     assert (old.asked, new.asked) == (["/pause_generation", "/abort_request"], [])
+
+
+def test_an_update_that_others_give_up_leaves_the_server_as_it_was() -> None:
+    class Trainer:
+        @asynccontextmanager
+        async def prepared(self, update: WeightUpdate) -> AsyncIterator[None]:
+            raise UpdateGivenUpError("engine 1 died")
+            yield
+
+    engine, client, gate = SGLangEngine(device="cpu"), HeldClient(), GenerationGate()
+    engine._client, engine._gate, engine._pause = client, gate, Pause(client, gate, InFlight())  # type: ignore[assignment]
+    engine._memory, engine._receiver = ServerMemory(client, engine._pause), Trainer()  # type: ignore[arg-type, assignment]
+    gate.open(3)
+    with pytest.raises(UpdateGivenUpError, match="engine 1 died"):
+        asyncio.run(engine.update_weights(WeightUpdate(4, "tensor", {}, None)))
+    assert gate.is_open and gate.version == 3 and client.asked == []
 
 
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:

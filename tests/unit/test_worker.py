@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rl_lightning.batching.collate import collate
-from rl_lightning.engines.engine import EngineError, WeightMismatchError
+from rl_lightning.engines.engine import EngineError, UpdateGivenUpError, WeightMismatchError
 from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rewards.pool import RewardScore
 from rl_lightning.rollout.admission import StalenessGate
@@ -139,6 +139,25 @@ def test_an_engine_whose_update_the_trainer_gave_up_is_restarted():
             await train(controller, worker, steps=1)
 
     run(scenario())
+
+
+def test_an_engine_whose_update_others_gave_up_is_sent_it_again_and_not_restarted():
+    class Kept(FakeEngine):
+        given_up = 0
+
+        async def update_weights(self, update):
+            if update.version == 1 and not self.given_up:
+                self.given_up += 1
+                raise UpdateGivenUpError("engine 1 died")
+            return await super().update_weights(update)
+
+    async def scenario():
+        controller, engine = make_controller(), Kept()
+        async with serving(engine, controller) as worker:
+            await train(controller, worker, steps=2)
+        return engine.starts, engine.given_up
+
+    assert run(scenario()) == (1, 1)
 
 
 def test_an_update_that_fails_when_its_engine_is_long_restarted_does_not_cost_the_new_one():
