@@ -294,7 +294,7 @@ class RolloutController:
 
     def _note_refused(self, reason: str) -> None:
         """A group will not be trained on; one too many of them ends the run."""
-        self._fatal = self._selection.note_refused(reason) or self._fatal
+        self._fatal = self._fatal or self._selection.note_refused(reason)
 
     def _unsynced(self) -> tuple[tuple[str, Any], ...]:
         return tuple((e.name, e.handle) for e in self._roster.unsynced(self._ledger.version)) if self._published else ()

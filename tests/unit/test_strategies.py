@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -249,8 +248,8 @@ class WithBadData:
     demand = start_on_driver = end_on_driver = join = check_on_driver
 
 
-def test_data_is_checked_before_anything_starts() -> None:
+def test_data_is_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("the cluster was joined"))
     trainer = Trainer(accelerator="cpu", strategy=RayStrategy(num_workers=1), logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="line 3"):
         RayLauncher(trainer.strategy).launch(print, WithBadData(), trainer=trainer)
-    assert not ray.is_initialized()
