@@ -73,17 +73,8 @@ def one_sentence(message: str, known: Iterable[str] = ()) -> str:
             line = match[2]
         if match := CLASS.match(line):
             owner = match[1]
-        elif match := NO_COMMAND.match(line):
-            return f"the command is missing, one of {match['commands'].replace(',', ', ')}: rl-lightning fit --config RECIPE"
-        elif match := EARLY.match(line):
-            return f"options come after the command: rl-lightning {match['command']} --config RECIPE"
-        elif match := REQUIRED.match(line):
-            return _missing([".".join([*keys, option]) for option in match["options"].split(", ")], owner)
-        elif match := UNKNOWN.match(line) or UNRECOGNISED.match(line):
-            option = ".".join(filter(None, [*keys, match.groupdict().get("group"), match["option"]]))
-            return _unknown(option, owner, known)
-        elif UNIMPORTABLE.match(line):
-            return f"{'.'.join(keys)}: {line}; give an import path such as package.module.name"
+        elif (whole := _whole(line, keys, owner, known)) is not None:
+            return whole
         elif match := NO_KIND.match(line):
             reasons.append(f"{given} is no {match['base'] or match['protocol'] + ': it lacks its methods, or their annotations'}")
         elif match := NO_PATH.match(line):
@@ -101,6 +92,21 @@ def one_sentence(message: str, known: Iterable[str] = ()) -> str:
     if keys and wanted:
         return f"{'.'.join(keys)}: expected {' or '.join(dict.fromkeys(wanted))}, got {given!r}"
     return " ".join(KEY.sub(r"\1: \2", message, count=1).split())
+
+
+def _whole(line: str, keys: list[str], owner: str, known: Iterable[str]) -> str | None:
+    """The sentence for a reason that says everything by itself; None for others."""
+    if match := NO_COMMAND.match(line):
+        return f"the command is missing, one of {match['commands'].replace(',', ', ')}: rl-lightning fit --config RECIPE"
+    if match := EARLY.match(line):
+        return f"options come after the command: rl-lightning {match['command']} --config RECIPE"
+    if match := REQUIRED.match(line):
+        return _missing([".".join([*keys, option]) for option in match["options"].split(", ")], owner)
+    if match := UNKNOWN.match(line) or UNRECOGNISED.match(line):
+        return _unknown(".".join(filter(None, [*keys, match.groupdict().get("group"), match["option"]])), owner, known)
+    if UNIMPORTABLE.match(line):
+        return f"{'.'.join(keys)}: {line}; give an import path such as package.module.name"
+    return None
 
 
 def _missing(options: list[str], owner: str) -> str:

@@ -357,12 +357,9 @@ class RolloutDataModule(FleetOwner):
         except (OSError, ValueError):  # a folder with nothing but a tokenizer; the model's own check names what is missing
             return
         context, longest = getattr(config, "max_position_embeddings", None), getattr(self.prompts, "max_prompt_len", 1)
+        wanted = f"generation.max_new_tokens={self.generation.max_new_tokens} after prompts of up to {longest} tokens"
         if context is not None and longest + self.generation.max_new_tokens > context:
-            logger.warning(
-                "generation.max_new_tokens=%d after prompts of up to %d tokens is more than the model's context of %d: answers "
-                "that reach its end are cut off there",
-                self.generation.max_new_tokens, longest, context,
-            )  # fmt: skip
+            logger.warning("%s is more than the model's context of %d: answers are cut off at its end", wanted, context)
 
     def _warn_of_bias(self) -> None:
         params = self.generation

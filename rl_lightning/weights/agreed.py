@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
+from rl_lightning.weights.buckets import Bucket, fill_buckets, gathered_to_the_end, plan_buckets
 from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, own_address, serve_store
 from rl_lightning.weights.source import WeightSource, WeightSpec
@@ -49,16 +49,13 @@ class AgreedTransport(ABC):
         """
         assert self._channel is not None and self._weights is not None, "stage comes before send"
         self._channel.refusal = refusal
-        buckets = fill_buckets(self._plan, self._weights)
-        try:
-            self._move(buckets, self._channel, time.monotonic() + timeout_s)
-        except self.failures as error:
-            self._channel.fail(f"the trainer gave up: {error}")
-            self._give_up()
-            raise TimeoutError(f"weights did not reach every engine: {error}") from error
-        finally:
-            for _ in buckets:  # other trainer ranks gather along to the end
-                pass
+        with gathered_to_the_end(fill_buckets(self._plan, self._weights)) as buckets:
+            try:
+                self._move(buckets, self._channel, time.monotonic() + timeout_s)
+            except self.failures as error:
+                self._channel.fail(f"the trainer gave up: {error}")
+                self._give_up()
+                raise TimeoutError(f"weights did not reach every engine: {error}") from error
 
     def release(self) -> None:
         """Forgets the tensors, and what was told of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,3 +48,13 @@ def fill_buckets(plan: Sequence[Sequence[WeightSpec]], weights: WeightSource) ->
         bucket = [next(values) for _ in specs]
         assert [name for name, _ in bucket] == [spec.name for spec in specs], "a WeightSource iterates in the order of its specs"
         yield bucket
+
+
+@contextmanager
+def gathered_to_the_end(buckets: Iterator[Bucket]) -> Iterator[Iterator[Bucket]]:
+    """Gives `buckets`, and takes what is left of them whatever happens inside: other trainer ranks gather along to the end."""
+    try:
+        yield buckets
+    finally:
+        for _ in buckets:
+            pass

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl_lightning.weights.buckets import fill_buckets, plan_buckets
+from rl_lightning.weights.buckets import fill_buckets, gathered_to_the_end, plan_buckets
 from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource
@@ -99,16 +99,12 @@ def write_shards(folder: Path, weights: WeightSource, shard_bytes: int) -> Finge
     files: dict[str, str] = {}
     specs = weights.specs()
     taker = FingerprintTaker(specs)
-    buckets = fill_buckets(plan_buckets(specs, shard_bytes), weights)
-    try:
+    with gathered_to_the_end(fill_buckets(plan_buckets(specs, shard_bytes), weights)) as buckets:
         for i, bucket in enumerate(buckets, start=1):
             file = f"model-{i:05d}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in bucket}, folder / file, metadata={"format": "pt"})
             files.update({name: file for name, _ in bucket})
             taker.look(bucket)
-    finally:
-        for _ in buckets:  # other trainer ranks gather along to the end, also where the disk is full
-            pass
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return taker.fingerprint()

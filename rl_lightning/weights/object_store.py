@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lightning.weights.buckets import Bucket, fill_buckets, plan_buckets
+from rl_lightning.weights.buckets import Bucket, fill_buckets, gathered_to_the_end, plan_buckets
 from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker
 from rl_lightning.weights.source import WeightSource
@@ -44,14 +44,10 @@ class ObjectStoreTransport:
         """Stores the weights, bucket by bucket; one update for each of `targets`, all with the same references."""
         weights = in_dtype_of(targets, weights)
         taker, self._buckets = FingerprintTaker(weights.specs()), []
-        buckets = fill_buckets(plan_buckets(weights.specs(), self._bucket_bytes), weights)
-        try:
+        with gathered_to_the_end(fill_buckets(plan_buckets(weights.specs(), self._bucket_bytes), weights)) as buckets:
             for bucket in buckets:
                 taker.look(bucket)
                 self._buckets.append(_store(bucket))
-        finally:
-            for _ in buckets:  # other trainer ranks gather along to the end, also where the store is full
-                pass
         proof = taker.fingerprint()
         return [WeightUpdate(version, self.name, {"buckets": self._buckets}, proof) for _ in targets]
 

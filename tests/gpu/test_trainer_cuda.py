@@ -63,8 +63,10 @@ def test_ragged_backward(lengths: list[int]) -> None:
     n, head_dim = sum(lengths), 128
     whole = [torch.randn(n + 256, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in (8, 8, 2, 2)]
     grad, query, key, value = (x[:n] for x in whole)
-    if not has_ragged_backward(query):
-        pytest.skip("needs a Hopper, and cuDNN's frontend for Python")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("measured on Hopper GPUs only, and used on no other")
+    pytest.importorskip("cudnn", reason="needs nvidia-cudnn-frontend, which SGLang brings along")
+    assert has_ragged_backward(query)
     for x in whole:
         x[n:] = float("nan")
     spans, scale = Spans.of(lengths, range(len(lengths)), "cuda"), head_dim**-0.5

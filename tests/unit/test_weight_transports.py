@@ -29,6 +29,18 @@ WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.
 X, Y = WeightTarget("x"), WeightTarget("y")
 
 
+class Gathered(NamedWeights):
+    """Notes which tensors were asked for."""
+
+    given: list[str]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.given = []
+        for name, tensor in super().__iter__():
+            self.given.append(name)
+            yield name, tensor
+
+
 def test_a_staged_folder_holds_the_weights_and_only_the_newest_stays(tmp_path: Path) -> None:
     transport = DiskTransport(tmp_path / "weights", shard_bytes=24)
     for version in (1, 2):
@@ -60,19 +72,11 @@ def test_buckets_flatten_to_bytes_that_their_description_takes_apart() -> None:
 
 
 def test_the_plan_is_what_is_filled_one_bucket_at_a_time() -> None:
-    asked: list[str] = []
-
-    class Lazy(NamedWeights):
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in WEIGHTS:
-                asked.append(name)
-                yield name, tensor
-
-    weights = Lazy(WEIGHTS)
+    weights = Gathered(WEIGHTS)
     plan = plan_buckets(weights.specs(), 32)
     assert [[spec.name for spec in bucket] for bucket in plan] == [["a", "b"], ["c"]]
     filled = fill_buckets(plan, weights)
-    assert [name for name, _ in next(filled)] == asked == ["a", "b"]
+    assert [name for name, _ in next(filled)] == weights.given == ["a", "b"]
     assert [name for name, _ in next(filled)] == ["c"] and next(filled, None) is None
 
 
@@ -112,31 +116,18 @@ def test_engines_of_several_gpus_take_as_many_ranks(transport: DistributedTransp
 
 def test_the_weights_are_gathered_to_the_end_though_nobody_takes_them(transport: DistributedTransport) -> None:
     """Other trainer ranks gather along: one that stopped would leave them waiting."""
-    given: list[str] = []
-
-    class Gathered(NamedWeights):
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in WEIGHTS:
-                given.append(name)
-                yield name, tensor
-
-    transport.stage(1, Gathered(WEIGHTS), [X])
+    weights = Gathered(WEIGHTS)
+    transport.stage(1, weights, [X])
     with pytest.raises(TimeoutError):
         transport.send(0.1)
-    assert given == ["a", "b", "c"]
+    assert weights.given == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("kind", ["disk", "object_store"])
 def test_they_are_gathered_to_the_end_though_there_is_no_room_for_them(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[str] = []
-
-    class Gathered(NamedWeights):
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in WEIGHTS:
-                given.append(name)
-                yield name, tensor
+    weights = Gathered(WEIGHTS)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left")
@@ -145,8 +136,8 @@ def test_they_are_gathered_to_the_end_though_there_is_no_room_for_them(
     monkeypatch.setattr("rl_lightning.weights.object_store._put", full)
     transport = DiskTransport(tmp_path, shard_bytes=24) if kind == "disk" else ObjectStoreTransport(bucket_bytes=24)
     with pytest.raises(OSError, match="no space left"):
-        transport.stage(1, Gathered(WEIGHTS), [X])
-    assert given == ["a", "b", "c"]
+        transport.stage(1, weights, [X])
+    assert weights.given == ["a", "b", "c"]
 
 
 @pytest.fixture
