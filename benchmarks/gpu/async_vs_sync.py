@@ -65,7 +65,7 @@ def main() -> None:
     """Runs all turns and writes table and JSON after each."""
     started = time.monotonic()
     args = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s" if args.worker else "%(message)s")
     if args.worker:
         run_turns(args, started + args.budget_s)
         return
