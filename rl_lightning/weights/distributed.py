@@ -125,7 +125,8 @@ class DistributedTransport(AgreedTransport):
             return None
         taker.look(bucket)
         flat = flatten(bucket)
-        return flat.cuda() if self._backend == "nccl" else flat  # a trainer may keep its weights on the CPU
+        on_cpu = self._backend == "nccl" and not flat.is_cuda  # a trainer may keep its weights there
+        return flat.cuda() if on_cpu else flat
 
     def _begin_broadcast(self, flat: Tensor) -> Work:
         from torch.distributed import BroadcastOptions
