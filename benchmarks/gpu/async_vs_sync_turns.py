@@ -117,6 +117,10 @@ class Reports(pl.Callback):
         is_over = self.number >= self.warmup + self.steps or (now > self.deadline and self.number > self.warmup)
         trainer.should_stop = trainer.should_stop or is_over
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning would copy the optimiser's state to the CPU now, which takes ten seconds."""
+        trainer.strategy.optimizers = []
+
     def idleness(self, trainer: Any, seconds: float) -> dict[str, float]:
         """Share of the step in which the engine had nothing to do; its counters come once a second."""
         if trainer.datamodule is None:

@@ -197,6 +197,11 @@ class RayRanks(ParallelStrategy):
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
 
+    def teardown(self) -> None:
+        """Lets the optimisers go: Lightning would copy their state to the CPU, tens of GB that end with this process."""
+        self.optimizers = []
+        super().teardown()
+
     def _adopt_gpu(self) -> None:
         """The driver had no GPU, so Lightning chose for the CPU."""
         self.accelerator = CUDAAccelerator()

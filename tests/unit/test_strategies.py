@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -199,6 +200,16 @@ def test_sizes_must_be_positive(options: dict[str, Any]) -> None:
 
 
 # -- progress
+
+
+def test_a_rank_that_ends_copies_no_optimiser_state() -> None:
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))  # has no data: copying it to the CPU raises
+    optimizer = torch.optim.SGD([weight])
+    optimizer.state[weight] = {"momentum_buffer": torch.empty(2, device="meta")}
+    strategy = Trainer(accelerator="cpu", strategy=RayStrategy(), logger=False, enable_checkpointing=False).strategy
+    strategy.optimizers = [optimizer]
+    strategy.teardown()
+    assert strategy.optimizers == []
 
 
 def test_rank_0_reports_what_the_removed_bar_would_show() -> None:
