@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from long_tail import LongTail, RandomPrompts, no_reward
+from quiet_trainer import quiet_trainer
 
 from rl_lightning import AsyncPPOModule, RolloutDataModule
 from rl_lightning.engines.sglang import SGLangEngine
@@ -117,10 +118,6 @@ class Reports(pl.Callback):
         is_over = self.number >= self.warmup + self.steps or (now > self.deadline and self.number > self.warmup)
         trainer.should_stop = trainer.should_stop or is_over
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning would copy the optimiser's state to the CPU now, which takes ten seconds."""
-        trainer.strategy.optimizers = []
-
     def idleness(self, trainer: Any, seconds: float) -> dict[str, float]:
         """Share of the step in which the engine had nothing to do; its counters come once a second."""
         if trainer.datamodule is None:
@@ -191,18 +188,8 @@ def run_turn(args: argparse.Namespace, turn: str, seconds: float, kept: list[Bat
 
 def make_trainer(args: argparse.Namespace, reports: Reports) -> pl.Trainer:
     """The trainer has the second GPU, or the only one."""
-    return pl.Trainer(
-        accelerator="cpu" if args.cpu else "gpu",
-        devices=1 if args.cpu else [args.trainer_gpu],
-        max_steps=UNBOUNDED,
-        max_epochs=-1,
-        precision="32-true" if args.cpu or args.weights == "bfloat16" else "bf16-mixed",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[reports],
-    )
+    devices = 1 if args.cpu else [args.trainer_gpu]
+    return quiet_trainer(args.cpu, [reports], args.weights == "float32", devices=devices, max_steps=UNBOUNDED)
 
 
 def make_module(args: argparse.Namespace, kind: type[AsyncPPOModule]) -> AsyncPPOModule:

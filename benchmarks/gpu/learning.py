@@ -29,6 +29,7 @@ import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from gpu_machine import describe_machine, write_results  # noqa: E402
 from learning_imitator import TASK, TASK_OPTIONS, TEMPLATE, imitate, write_model  # noqa: E402
+from quiet_trainer import quiet_trainer  # noqa: E402
 from shared_server import ON_GPU, SharedServer  # noqa: E402
 
 from rl_lightning import AsyncPPOModule, RolloutDataModule  # noqa: E402
@@ -164,20 +165,8 @@ def run(args: argparse.Namespace, model: Path, engine: Engine, eta: int, curve: 
     ppo = PPOConfig(n_minibatches=MINIBATCHES, group_adv_norm=True)
     optimizer = OptimizerConfig(lr=args.lr, schedule="linear", warmup_steps_proportion=WARMUP)
     module = AsyncPPOModule(str(model), optimizer=optimizer, ppo=ppo, compile=False)  # which takes longer than it saves here
-    trainer = pl.Trainer(
-        accelerator="cpu" if args.cpu else "gpu",
-        devices=1,
-        max_steps=args.steps,
-        max_epochs=-1,
-        val_check_interval=args.validate_every,
-        precision="32-true" if args.cpu else "bf16-mixed",
-        num_sanity_val_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[curve],
-    )
+    validation: dict[str, Any] = {"val_check_interval": args.validate_every, "num_sanity_val_steps": 1}
+    trainer = quiet_trainer(args.cpu, [curve], max_steps=args.steps, **validation)
     trainer.fit(module, datamodule=make_data(args, model, engine, eta))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from quiet_trainer import quiet_trainer
 
 from rl_lightning.models.tiny import CHARACTERS, write_tiny_model
 from rl_lightning.modules.optimizer import OptimizerConfig
@@ -105,20 +106,12 @@ def imitate(model: Path, out: Path, *, target: float, seconds: float, cpu: bool)
     module = Imitator(str(model), optimizer=OptimizerConfig(lr=2e-3 if cpu else 1e-3), compile=False)
     data = SFTDataModule(train, str(model), val, batch_size)
     stop = StopWhenRight(target, seconds)
-    trainer = pl.Trainer(
-        accelerator="cpu" if cpu else "gpu",
-        devices=1,
-        max_epochs=-1,
-        val_check_interval=VALIDATE_EVERY,
-        check_val_every_n_epoch=None,
-        precision="32-true" if cpu else "bf16-mixed",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        callbacks=[stop],
-    )
+    validation: dict[str, Any] = {
+        "val_check_interval": VALIDATE_EVERY,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+    }
+    trainer = quiet_trainer(cpu, [stop], **validation)
     trainer.fit(module, datamodule=data)
     module.model.save_pretrained(out)
     module.tokenizer.save_pretrained(out)

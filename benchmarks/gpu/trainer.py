@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 
 from gpu_machine import benchmark_parser, describe_machine  # noqa: E402
+from quiet_trainer import quiet_trainer  # noqa: E402
 from rollouts import random_batch  # noqa: E402
 from shapes import FORMULA, PEAK_FLOPS, SHAPES, Shape, lognormal_lengths  # noqa: E402
 from step_profile import profile_step  # noqa: E402
@@ -230,18 +231,8 @@ def run(args: argparse.Namespace, name: str, deadline: float, save: Callable[[li
 
 
 def make_trainer(args: argparse.Namespace, *callbacks: pl.Callback) -> pl.Trainer:
-    """A quiet Trainer of one process that goes over the plan once."""
-    return pl.Trainer(
-        accelerator="cpu" if args.cpu else "gpu",
-        devices=1,
-        max_epochs=1,
-        precision="bf16-mixed" if args.weights == "float32" else "32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=list(callbacks),
-    )
+    """Goes over the plan once."""
+    return quiet_trainer(args.cpu, callbacks, args.weights == "float32", max_epochs=1)
 
 
 def summary(name: str, case: str, variant: str, plan: Plan, optimizer: int) -> dict[str, Any]:
