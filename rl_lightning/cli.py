@@ -21,6 +21,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rl_lightning import __version__
 from rl_lightning.callbacks.export import Export
@@ -34,6 +35,7 @@ from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, find_cau
 from rl_lightning.gpus import apply_allocation
 from rl_lightning.parser import RunArgumentParser
 from rl_lightning.run import RunConfig
+from rl_lightning.strategies.stop_signals import EXIT_CODE_OF_SIGTERM
 from rl_lightning.terminal import show_logs
 
 logger = logging.getLogger(__name__)
@@ -282,6 +284,8 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(os.getcwd())  # so that `my_rewards.score` means my_rewards.py in this folder
     try:
         RLCLI(args)
+    except SIGTERMException:  # Lightning raises it without a status, which would be one of success
+        sys.exit(EXIT_CODE_OF_SIGTERM)
     except Exception as error:
         sentence = find_cause(error, (*CONFIGURATION_ERRORS, *TRAINING_ERRORS))
         logger.error("%s", sentence or error, exc_info=True, extra={"brief": sentence is not None})

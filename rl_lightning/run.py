@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rl_lightning.callbacks.recovery import newest_checkpoint
+
 FIRST_TRIAL = "trial0"
 
 
@@ -18,8 +20,9 @@ class RunConfig:
     Args:
         fileroot: root of everything written.
         experiment: name of what is tried; a folder under `logs` and `checkpoints`.
-        trial: name of this attempt. Null takes the next free `trial{N}`, or the newest one when a run is continued. A
-            new run never writes into the folder of another one: if the name is taken, its number is raised.
+        trial: name of this attempt. Null takes the next free `trial{N}`, or, when a run is continued, the newest one that
+            has a restart checkpoint. A new run never writes into the folder of another one: if the name is taken, its
+            number is raised.
         allocation_mode: GPUs for generation and training, e.g. `sglang.d4p1m1+d4p1m1`; null leaves that to
             `data.num_engines` and the strategy's `num_workers`.
         n_nodes: machines of the run, where `allocation_mode` is given.
@@ -95,7 +98,7 @@ class RunConfig:
         """Fixes `trial`.
 
         Args:
-            new: claim a folder that no run has used; else take the named or the newest one.
+            new: claim a folder that no run has used; else take the named one, or the newest that can be continued.
         """
         if not new:
             self.trial = self.trial or self._newest_trial() or FIRST_TRIAL
@@ -108,8 +111,11 @@ class RunConfig:
             raise ValueError(f"run.fileroot={self.fileroot} cannot be written to ({error}): name a folder that can") from None
 
     def _newest_trial(self) -> str | None:
-        numbers = [int(folder.name[5:]) for folder in self.logs.parent.glob("trial*") if folder.name[5:].isdecimal()]
-        return f"trial{max(numbers)}" if numbers else None
+        """The newest with a restart checkpoint; a later one that failed before it had any does not hide it."""
+        folders = (*self.logs.parent.glob("trial*"), *self.checkpoints.parent.glob("trial*"))
+        numbers = {int(folder.name[5:]) for folder in folders if folder.name[5:].isdecimal()}
+        restartable = [number for number in numbers if newest_checkpoint(self.checkpoints.parent / f"trial{number}")]
+        return f"trial{max(restartable or numbers)}" if numbers else None
 
 
 def _claim(folder: Path) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rl_lightning.models.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,8 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not Path(model_path).is_dir():
+        check_hub(f"model path {model_path!r}", model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without its files

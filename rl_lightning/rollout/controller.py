@@ -102,9 +102,12 @@ class RolloutController:
         self._expire()
         return self._revoked.pop(worker, [])
 
-    async def lease(self, worker: str, room: int, poll_s: float = 10.0) -> list[Lease]:
-        """Up to `room` groups for `worker`, as soon as there is one; empty after `poll_s`."""
-        leases = self._dispatcher.ask(worker, room)
+    async def lease(self, worker: str, room: int, request: int | None = None, poll_s: float = 10.0) -> list[Lease]:
+        """Up to `room` groups for `worker`, as soon as there is one; empty after `poll_s`.
+
+        The same `request` again has the same answer: a call whose answer the network lost costs no lease.
+        """
+        leases = self._dispatcher.ask(worker, room, request)
         self._dispatch()
         await asyncio.wait([leases], timeout=poll_s)
         self._dispatcher.withdraw(worker, leases)

@@ -41,11 +41,19 @@ class LeaseDispatcher:
         self._source, self._validation, self._settings = source, validation, settings
         self._ledger, self._evaluations, self._roster = ledger, evaluations, roster
         self._waiting: dict[str, tuple[int, Leases]] = {}
+        self._last: dict[str, tuple[int | None, Leases]] = {}
 
-    def ask(self, worker: str, room: int) -> Leases:
-        """`worker` waits for up to `room` groups: the future has them, as soon as there is one."""
-        future: Leases = asyncio.get_running_loop().create_future()
-        self._waiting[worker] = (room, future)
+    def ask(self, worker: str, room: int, request: int | None) -> Leases:
+        """`worker` waits for up to `room` groups: the future has them, as soon as there is one.
+
+        Its last request, asked again, is the same one still: what it was granted did not arrive.
+        """
+        last, future = self._last.get(worker, (None, None))
+        if future is None or request is None or request != last:
+            future = asyncio.get_running_loop().create_future()
+            self._last[worker] = (request, future)
+        if not future.done():
+            self._waiting[worker] = (room, future)
         return future
 
     def withdraw(self, worker: str, future: Leases) -> None:
@@ -54,7 +62,8 @@ class LeaseDispatcher:
             del self._waiting[worker]
 
     def dismiss(self, worker: str) -> None:
-        """Whoever waits under this name gets nothing."""
+        """Whoever waits under this name gets nothing, and what it was granted is void."""
+        self._last.pop(worker, None)
         _, future = self._waiting.pop(worker, (0, None))
         if future is not None and not future.done():
             future.set_result([])

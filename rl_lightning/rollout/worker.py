@@ -15,6 +15,7 @@ controller gives its leases to others.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import traceback
@@ -91,6 +92,7 @@ class RolloutWorker:
         self._leases: dict[int, tuple[Lease, asyncio.Task[None]]] = {}
         self._failure: asyncio.Future[None] | None = None
         self._failures_in_a_row = 0
+        self._requests = itertools.count()
         self._told: set[tuple[str, int | None]] = set()
         self._born_s = self._mark_s = time.monotonic()
         self._busy_s = 0.0
@@ -174,7 +176,7 @@ class RolloutWorker:
             if room <= 0:
                 await asyncio.wait([task for _, task in self._leases.values()], return_when=asyncio.FIRST_COMPLETED)
                 continue
-            for lease in await self.controller.lease(self.settings.name, room):
+            for lease in await self.controller.lease(self.settings.name, room, next(self._requests)):
                 self._account()
                 self._start_answer(lease)
 

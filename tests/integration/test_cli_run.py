@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 USER_CODE = '''
+import os
+import signal
 from pathlib import Path
 
 from rl_lightning import AsyncPPOModule
@@ -27,6 +29,16 @@ class Reinforce(AsyncPPOModule):
     def policy_loss(self, logprobs, tokens):
         gain = tokens.advantages * logprobs * tokens.loss_mask
         return -gain.sum() / tokens.normalizer, {"surprise": -logprobs.detach()}
+
+
+class Terminated(Reinforce):
+    """Its third step, in the middle, when it is tried for the first time."""
+
+    def policy_loss(self, logprobs, tokens):
+        if self.global_step == 2 and not Path("terminated").exists():
+            Path("terminated").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().policy_loss(logprobs, tokens)
 
 
 class FailsOnce(Reinforce):
@@ -160,6 +172,21 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_from_last(folder: Path, tin
         run(folder, "fit", "--config", str(recipe), *more, "--trainer.max_steps", str(stopped_at + 2))
         steps = [int(x) for x in re.findall(r"\(global step (\d+)\)", main_log.read_text())]
         assert steps[-2:] == [stopped_at + 1, stopped_at + 2] and sorted(set(steps)) == list(range(1, stopped_at + 3))
+
+
+@pytest.mark.slow
+def test_a_step_in_which_sigterm_comes_is_finished_without_ray_strategy_too(folder: Path, tiny_model: Path) -> None:
+    recipe = write_recipe(folder, tiny_model)
+    options = yaml.safe_load(recipe.read_text())
+    options["data"]["init_args"]["ray_init"] = options["trainer"].pop("strategy")["init_args"]["ray_init"]
+    options["model"]["class_path"] = "mine.Terminated"
+    recipe.write_text(yaml.safe_dump(options))
+    process = start(folder, "fit", "--config", str(recipe))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Saved the restart checkpoint of global step 3" in output and psutil_mentions(str(folder)) == []
+    output = run(folder, "fit", "--config", str(recipe), "--ckpt_path", "last")
+    assert re.findall(r"step \d/6 \(global step (\d)\)", output) == list("456")
 
 
 def psutil_mentions(text: str) -> list[str]:

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +321,64 @@ def test_stopped_within_a_step_or_validation_saves_nothing(tmp_path: Path, where
     with pytest.raises(SystemExit):
         fit([RecoveryCheckpoint(tmp_path), Interrupt(where, 2, KeyboardInterrupt)], module, n_steps=3)
     assert newest_checkpoint(tmp_path) is None
+
+
+class Terminated(SmallModule):
+    """Gets SIGTERM in its third step, `times` times."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.times = times
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(self.times if self.global_step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().training_step(batch, batch_idx)
+
+
+@pytest.fixture
+def exits_at_once() -> Iterator[Any]:
+    """What `ray.init` does: SIGTERM raises SystemExit wherever it comes."""
+
+    def handler(signum: int, frame: Any) -> None:
+        sys.exit(signum)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}])
+def test_a_step_in_which_sigterm_comes_is_finished_and_saved(tmp_path: Path, exits_at_once: Any, options: dict[str, Any]):
+    whole = fit([], n_steps=5)
+    torch.manual_seed(0)
+    module = Terminated()
+    with pytest.raises(SIGTERMException):
+        fit([RecoveryCheckpoint(tmp_path, secs=None, steps=100)], module, n_steps=5, **options)
+    assert module.losses == whole.losses[:3]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is exits_at_once
+    resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=5, ckpt_path="last")
+    assert resumed.losses == whole.losses[3:]
+
+
+def test_a_second_sigterm_does_not_wait(tmp_path: Path, exits_at_once: Any):
+    module = Terminated(times=2)
+    with pytest.raises(SystemExit) as exit_:
+        fit([RecoveryCheckpoint(tmp_path)], module)
+    assert (exit_.value.code, len(module.losses), newest_checkpoint(tmp_path)) == (signal.SIGTERM, 2, None)
+
+
+def test_sigterm_between_steps_does_not_wait(tmp_path: Path, exits_at_once: Any):
+    class Waiting(SmallData):
+        def before_batch(self, position: int) -> None:
+            if position == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise AssertionError("it went on waiting")
+
+    with pytest.raises(SystemExit):
+        make_trainer([RecoveryCheckpoint(tmp_path)]).fit(SmallModule(), datamodule=Waiting(3))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_stopped_before_a_fetched_batch_is_trained_on_resumes_exactly(tmp_path: Path):

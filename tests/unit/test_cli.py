@@ -327,6 +327,15 @@ def test_ckpt_path_last_goes_on_in_the_same_run():
     assert yaml.safe_load(Path("runs/logs/e/trial0/config.yaml").read_text())["ckpt_path"] is None
 
 
+def test_ckpt_path_last_is_that_of_the_last_run_that_trained():
+    fit("--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl line 3"):
+        fit("--data.fail_check=true")
+    resumed = fit("--ckpt_path=last")
+    assert resumed.run_config is not None and resumed.run_config.trial == "trial0"
+    assert len(resumed.model.losses) == 5
+
+
 def test_resume_starts_from_the_checkpoint_or_the_beginning():
     whole = fit("--run.experiment=whole")
     first = fit("--run.experiment=e", "--run.recover_mode=resume", "--trainer.max_steps=3", "--run.ckpt_freq_steps=1")

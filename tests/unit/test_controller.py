@@ -55,6 +55,34 @@ def test_nothing_is_leased_before_a_worker_proved_the_published_weights():
     run(scenario())
 
 
+def test_a_request_that_comes_again_has_the_same_leases_until_the_worker_registers_anew():
+    async def scenario():
+        controller = make_controller(batch=4)
+        await ready(controller, "a", "b")
+        first = await controller.lease("a", 2, request=0)
+        assert await controller.lease("a", 2, request=0) == first
+        assert [x.index for x in await controller.lease("a", 1, request=1)] == [2]
+        assert [x.index for x in await controller.lease("b", 1, request=1)] == [3]
+        await ready(controller, "a")
+        again = await controller.lease("a", 9, request=1)
+        assert [x.index for x in again] == [0, 1, 2]
+
+    run(scenario())
+
+
+def test_a_request_that_comes_again_while_it_waits_is_answered_once():
+    async def scenario():
+        controller = make_controller()
+        await controller.register("a", "a-1", None)
+        asking = [asyncio.create_task(controller.lease("a", 9, request=0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await controller.publish(0, ["a"])
+        first, again = await asyncio.gather(*asking)
+        assert [x.index for x in first] == [0, 1] and again == first
+
+    run(scenario())
+
+
 def test_a_batch_reaches_every_rank_once_and_balanced():
     async def scenario():
         controller = make_controller(batch=4)

@@ -50,6 +50,16 @@ def test_continuing_takes_the_newest_or_the_named_trial(tmp_path: Path):
     assert (newest.trial, named.trial, none.trial) == ("trial10", "trial2", "trial0")
 
 
+def test_continuing_passes_over_trials_without_a_restart_checkpoint(tmp_path: Path):
+    for number in (2, 9, 10):
+        (tmp_path / f"logs/e/trial{number}").mkdir(parents=True)
+    for number, name in ((2, "last.ckpt"), (9, "last.ckpt.old"), (10, "epoch1epochstep4globalstep4")):
+        (tmp_path / f"checkpoints/e/trial{number}/{name}").mkdir(parents=True)
+    run = make(tmp_path)
+    run.choose_trial(new=False)
+    assert run.trial == "trial9"
+
+
 @pytest.mark.parametrize("bad", ["a/b", "", "..", "a b"])
 def test_names_are_folder_names(tmp_path: Path, bad: str):
     with pytest.raises(ValueError, match="run.trial=.*folder name"):

@@ -1,8 +1,10 @@
 import asyncio
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from rl_lightning.batching.collate import collate
 from rl_lightning.engines.engine import EngineError, UpdateGivenUpError, WeightMismatchError
@@ -10,6 +12,7 @@ from rl_lightning.prompts.source import PromptSource
 from rl_lightning.rewards.pool import RewardScore
 from rl_lightning.rollout.admission import StalenessGate
 from rl_lightning.rollout.controller import RolloutController
+from rl_lightning.rollout.controller_client import ControllerClient
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.errors import RolloutError
 from rl_lightning.rollout.share import Share
@@ -100,6 +103,36 @@ def test_an_engine_that_crashes_is_restarted_gets_weights_and_no_prompt_is_lost(
     batches, starts, statistics = run(scenario())
     assert starts == 3 and statistics["engine_restarts"] == 2 and statistics["groups_requeued"] >= 2
     assert sorted(g.index for batch in batches for g in batch) == list(range(8))
+
+
+class LossyHandle:
+    """An actor handle to `controller`, for `ControllerClient`: the answers of its first leases get lost on the way."""
+
+    def __init__(self, controller, losses):
+        self.controller, self.losses = controller, losses
+
+    def __getattr__(self, method):
+        async def remote(*args):
+            answer = await getattr(self.controller, method)(*args)
+            if method == "lease" and answer and self.losses:
+                self.losses -= 1
+                raise ActorUnavailableError("connection lost", None)
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_leases_whose_answer_is_lost_are_those_of_the_call_that_is_tried_again():
+    async def scenario():
+        controller, engine = make_controller(), FakeEngine()
+        handle = LossyHandle(controller, losses=2)
+        async with serving(engine, ControllerClient(handle)) as worker:
+            batches = await train(controller, worker, steps=3)
+        return batches, handle.losses, await controller.statistics()
+
+    batches, losses, statistics = run(scenario())
+    assert losses == 0 and statistics["groups_requeued"] == 0
+    assert sorted(g.index for batch in batches for g in batch) == list(range(6))
 
 
 def test_a_death_with_nothing_in_flight_is_noticed():
