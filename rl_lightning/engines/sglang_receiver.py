@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +43,7 @@ class Receiver:
         """Does all that generation need not stand still for; gives what loads the weights.
 
         Raises:
-            UpdateGivenUpError: the trainer or another engine gave up before they agreed.
+            UpdateGivenUpError: the trainer or another engine gave up or died before they agreed.
             EngineError: the transport is unknown, or the trainer cannot be reached.
         """
         if update.transport == "disk":
@@ -54,7 +54,8 @@ class Receiver:
                 yield lambda: self._receive(channel, update.payload["buckets"])
         elif update.transport == "tensor":
             async with self._listening(update.payload) as channel:
-                first = await _agreed(partial(channel.poll_bucket, 0, update.payload["engine"]))
+                with _nothing_changed():
+                    first = await _told(partial(channel.poll_bucket, 0, update.payload["engine"]))
                 yield lambda: self._copy(channel, update.payload, first)
         else:
             raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed, tensor or disk")
@@ -113,8 +114,9 @@ class Receiver:
             raise
 
     async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
-        channel.report_group(payload["engine"], self._group)
-        group = await _agreed(channel.poll_go)
+        with _nothing_changed():
+            channel.report_group(payload["engine"], self._group)
+            group = await _told(channel.poll_go)
         if group == self._group:
             return
         await self._client.leave_group(self._group)
@@ -145,10 +147,11 @@ async def _told(poll: Callable[[], T | None]) -> T:
     return said
 
 
-async def _agreed(poll: Callable[[], T | None]) -> T:
-    """The first word of the trainer: until then nothing was changed here."""
+@contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """Inside, until the trainer's first word, a transfer that fails leaves the server as it was."""
     try:
-        return await _told(poll)
+        yield
     except SyncFailed as error:
         raise UpdateGivenUpError(f"the transfer of weights was given up: {error}") from None
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
-from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
+from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store, serve_store
 from rl_lightning.weights.disk import DiskTransport
 from rl_lightning.weights.distributed import (
     ERROR_HANDLING,
@@ -185,6 +185,22 @@ def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTrans
         transport.send(1.0)
     with pytest.raises(SyncFailed, match="gave up"):
         channel.poll_go()
+
+
+def test_an_engine_learns_that_the_trainer_died() -> None:
+    store = serve_store("127.0.0.1")
+    channel = SyncChannel(connect_store("127.0.0.1", store.port), "s")
+    del store
+    calls: list[Callable[[], object]] = [
+        channel.poll_go,
+        channel.poll_fingerprint,
+        lambda: channel.report_group(0, ""),
+        lambda: channel.report_taken(0, 0),
+    ]
+    for call in calls:
+        with pytest.raises(SyncFailed, match="the trainer died"):
+            call()
+    channel.fail("nobody hears it")
 
 
 def test_engines_that_are_left_form_a_group_without_the_one_that_went() -> None:
