@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rl_lightning.weights.transport import WeightUpdate
 
 T = TypeVar("T")
+
+LOOK_S = 0.1
+"""Between two looks whether all others still take part."""
+
 Load = Callable[[], Awaitable[Fingerprint]]
 """Loads the weights; returns what the server must hold now."""
 
@@ -121,7 +125,7 @@ class Receiver:
             return
         await self._client.leave_group(self._group)
         self._group = ""
-        await self._client.join_group(
+        joining = self._client.join_group(
             master_address=payload["host"],
             master_port=payload["port"],
             rank_offset=payload["rank"],
@@ -129,12 +133,13 @@ class Receiver:
             group_name=group,
             backend=payload["backend"],
         )
+        await _with_others(joining, channel)
         self._group = group
 
     async def _receive(self, channel: SyncChannel, buckets: list[Mapping[str, Any]]) -> Fingerprint:
         session = await self._client.begin_update()
         for bucket in buckets:
-            await self._client.receive(self._group, bucket)
+            await _with_others(self._client.receive(self._group, bucket), channel)
         if session:
             await self._client.end_update()
         return await _told(channel.poll_fingerprint)
@@ -145,6 +150,17 @@ async def _told(poll: Callable[[], T | None]) -> T:
     while (said := poll()) is None:
         await asyncio.sleep(POLL_S)
     return said
+
+
+async def _with_others(call: Coroutine[Any, Any, None], channel: SyncChannel) -> None:
+    """Returns when `call` has, in which the server waits for all others; NCCL would let it wait though one has given up."""
+    task = asyncio.create_task(call)
+    try:
+        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            channel.expect_more()
+        task.result()
+    finally:
+        task.cancel()
 
 
 @contextmanager

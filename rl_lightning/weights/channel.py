@@ -185,6 +185,16 @@ class SyncChannel:
         key = f"{self._sync}/failed"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
+    def expect_more(self) -> None:
+        """Engine: looks whether the trainer still goes on. Does not block.
+
+        Raises:
+            SyncFailed: the trainer gave up or died.
+        """
+        with served_by_trainer():
+            if (reason := self.failure()) is not None:
+                raise SyncFailed(reason)
+
     def clear(self) -> None:
         """Trainer: nobody will ask any more. The store would keep all that was ever said otherwise."""
         for key in self._long:
@@ -196,9 +206,8 @@ class SyncChannel:
         self._long.append(f"{self._sync}/{key}")
 
     def _poll(self, key: str) -> str | None:
+        self.expect_more()
         with served_by_trainer():
-            if (reason := self.failure()) is not None:
-                raise SyncFailed(reason)
             key = f"{self._sync}/{key}"
             return self._store.get(key).decode() if self._store.check([key]) else None
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import pickle
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ from rl_lightning.engines.sglang_process import SGLangProcess
 from rl_lightning.engines.sglang_receiver import Receiver, as_held
 from rl_lightning.engines.sglang_server import wants_cpu
 from rl_lightning.types import GenerationRequest, SamplingParams
-from rl_lightning.weights.channel import serve_store
+from rl_lightning.weights.channel import SyncChannel, serve_store
 from rl_lightning.weights.fingerprint import find_mismatch
 from rl_lightning.weights.transport import Sample, WeightUpdate
 
@@ -294,6 +294,29 @@ def test_a_trainer_that_dies_before_it_agreed_leaves_the_server_as_it_was() -> N
     client = HeldClient()
     asyncio.run(scenario())
     assert client.asked == []
+
+
+def test_a_server_that_waits_for_the_others_is_told_when_one_gives_up() -> None:
+    class Waiting(HeldClient):
+        async def join_group(self, **where: object) -> None:
+            pass
+
+        async def receive(self, group: str, bucket: Mapping[str, object]) -> None:
+            trainer.fail("engine 1 refused")
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        receiver = Receiver(Waiting(), "float32")
+        async with receiver.prepared(WeightUpdate(1, "distributed", payload, None)) as load:
+            await load()
+
+    store = serve_store("127.0.0.1")
+    trainer = SyncChannel(store, "s")
+    trainer.go("group")
+    payload = {"host": "127.0.0.1", "port": store.port, "sync": "s", "engine": 0, "buckets": [{}]}
+    payload |= {"rank": 1, "world_size": 3, "backend": "nccl"}
+    with pytest.raises(EngineError, match="given up: engine 1 refused"):
+        asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
