@@ -157,8 +157,13 @@ class DistributedTransport(AgreedTransport):
     def _set_timeout(self, deadline: float) -> None:
         """Has PyTorch wait at least until `deadline`; a group may have been formed when little time was left."""
         assert self._group is not None
-        backend = self._group._get_backend(torch.device("cuda" if self._backend == "nccl" else "cpu"))
-        backend._set_default_timeout(timedelta(seconds=max(0.0, deadline - time.monotonic()) + SLACK_S))
+        timeout = timedelta(seconds=max(0.0, deadline - time.monotonic()) + SLACK_S)
+        self._backend_of(self._group)._set_default_timeout(timeout)
+
+    def _backend_of(self, group: ProcessGroup) -> Any:
+        """What does the work; TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it."""
+        backend: Any = group._get_backend(torch.device("cuda" if self._backend == "nccl" else "cpu"))
+        return getattr(backend, "wrapped_pg", backend)
 
     def _give_up(self) -> None:
         """Leaves the process group without waiting for anybody."""
@@ -167,7 +172,7 @@ class DistributedTransport(AgreedTransport):
         left, name = [self._group], self._group_name
         self._group, self._group_name = None, ""
         if self._backend == "nccl":
-            left[0]._get_backend(torch.device("cuda")).abort()
+            self._backend_of(left[0]).abort()
         _Background(lambda: _forget(left.pop(), name))  # the last reference: a group that ends waits for its watchdog
 
 
