@@ -84,6 +84,7 @@ class WeightPublisher(Callback):
     def _publish_if_new(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
         """(longest time that an engine stood still, whole duration) in seconds; zeros on ranks that do not send."""
         data: RolloutDataModule | None = getattr(trainer, "datamodule", None)
+        make_room(data)
         is_needed = trainer.is_global_zero or in_pieces(pl_module)
         if not is_needed or getattr(data, "fleet", None) is None or self._version == trainer.global_step:
             return 0.0, 0.0
@@ -164,6 +165,14 @@ class WeightPublisher(Callback):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def make_room(data: Any) -> None:
+    """Gives an engine on this rank's GPU what the step left in PyTorch's cache: with new weights it takes its memory again."""
+    import torch
+
+    if getattr(getattr(data, "engine", None), "colocated", False) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def outcome(ref: Any, worker: str, version: int) -> float | None:

@@ -44,9 +44,9 @@ class SGLangEngine:
     the weights are replaced and proven, and the same requests go on from prompt and tokens so far.  Every token's
     log-probability is therefore that of the weights its version names, unless `keep_cache` spares that computation.
     Servers that cannot be held end the requests instead and are sent what is left of them: those that `sglang_server` did
-    not start, and those with several pipeline stages (`pp_size`), data-parallel schedulers (`dp_size`) or tokenizer
-    processes (`tokenizer_worker_num`), prefill and decoding apart (`disaggregation_mode`), speculative decoding
-    (`speculative_algorithm`) or a bound on their queue (`max_queued_requests`).
+    not start, and those with several pipeline stages (`pp_size`) or tokenizer processes (`tokenizer_worker_num`), prefill
+    and decoding apart (`disaggregation_mode`), speculative decoding (`speculative_algorithm`) or a bound on their queue
+    (`max_queued_requests`). Data-parallel schedulers (`dp_size`) are refused: several engines are the same.
 
     Log-probabilities are of the temperature-scaled distribution and not renormalised for top_p and top_k.
 
@@ -261,6 +261,8 @@ class SGLangEngine:
                 raise EngineError(f"SGLang did not start: {cause}")
             await asyncio.sleep(POLL_S)
         info = await self._client.server_info()
+        if int(info.get("dp_size") or 1) > 1:
+            raise EngineError(f"SGLang at {self._client.url} has dp_size={info['dp_size']}, of which one part would get weights")
         self._context_limit = int(info.get("max_req_input_len") or 2**31)
         self._receiver = Receiver(self._client, info["dtype"])
         self._target = target_of(info)

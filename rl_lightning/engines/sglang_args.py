@@ -39,7 +39,8 @@ SOCKET_FOLDER = 80
 
 TENSOR_SIZE = ("tp_size", "tensor_parallel_size", "tp")
 PIPELINE_SIZE = ("pp_size", "pipeline_parallel_size", "pp")
-"""What SGLang calls the two, the usual name first."""
+DATA_SIZE = ("dp_size", "data_parallel_size", "dp")
+"""What SGLang calls the three, the usual name first."""
 
 SHARED_FRACTION, SHARED_FRACTION_KEPT = 0.4, 0.2
 """Part of the GPU for weights and KV cache of a server beside a trainer: where it can let go of it, and where it cannot."""
@@ -52,10 +53,15 @@ OWNED = ("model_path", "port", "host", "api_key", "admin_api_key", "device", "dt
 
 
 def check_server_args(server_args: Mapping[str, Any]) -> None:
-    """Raises ValueError for arguments that the engine sets itself."""
+    """Raises ValueError for arguments that the engine sets itself, and for servers of several copies, which take no weights."""
     if clash := [name for name in server_args if name.replace("-", "_") in OWNED]:
         raise ValueError(
             f"server_args must not contain {', '.join(clash)}: SGLangEngine sets that; use its own arguments instead"
+        )
+    if (copies := _size(server_args, DATA_SIZE)) > 1:
+        raise ValueError(
+            f"SGLangEngine cannot bring new weights into the {copies} copies of a server with {DATA_SIZE[0]}={copies}: leave it "
+            f"out of server_args and have so many engines (data.num_engines)"
         )
 
 

@@ -23,7 +23,6 @@ ADMITS = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 
 PLAIN = {
     "pp_size": 1,
-    "dp_size": 1,
     "tokenizer_worker_num": 1,
     "disaggregation_mode": "null",
     "speculative_algorithm": None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rl_lightning.weights.transport import WeightUpdate
 
 T = TypeVar("T")
+
+LOOK_S = 0.1
+"""Between two looks whether all others still take part."""
+
 Load = Callable[[], Awaitable[Fingerprint]]
 """Loads the weights; returns what the server must hold now."""
 
@@ -43,7 +47,7 @@ class Receiver:
         """Does all that generation need not stand still for; gives what loads the weights.
 
         Raises:
-            UpdateGivenUpError: the trainer or another engine gave up before they agreed.
+            UpdateGivenUpError: the trainer or another engine gave up or died before they agreed.
             EngineError: the transport is unknown, or the trainer cannot be reached.
         """
         if update.transport == "disk":
@@ -54,7 +58,8 @@ class Receiver:
                 yield lambda: self._receive(channel, update.payload["buckets"])
         elif update.transport == "tensor":
             async with self._listening(update.payload) as channel:
-                first = await _agreed(partial(channel.poll_bucket, 0, update.payload["engine"]))
+                with _nothing_changed():
+                    first = await _told(partial(channel.poll_bucket, 0, update.payload["engine"]))
                 yield lambda: self._copy(channel, update.payload, first)
         else:
             raise EngineError(f"SGLang cannot receive weights by {update.transport!r}, only by distributed, tensor or disk")
@@ -113,13 +118,14 @@ class Receiver:
             raise
 
     async def _join(self, channel: SyncChannel, payload: Mapping[str, Any]) -> None:
-        channel.report_group(payload["engine"], self._group)
-        group = await _agreed(channel.poll_go)
+        with _nothing_changed():
+            channel.report_group(payload["engine"], self._group)
+            group = await _told(channel.poll_go)
         if group == self._group:
             return
         await self._client.leave_group(self._group)
         self._group = ""
-        await self._client.join_group(
+        joining = self._client.join_group(
             master_address=payload["host"],
             master_port=payload["port"],
             rank_offset=payload["rank"],
@@ -127,12 +133,13 @@ class Receiver:
             group_name=group,
             backend=payload["backend"],
         )
+        await _with_others(joining, channel)
         self._group = group
 
     async def _receive(self, channel: SyncChannel, buckets: list[Mapping[str, Any]]) -> Fingerprint:
         session = await self._client.begin_update()
         for bucket in buckets:
-            await self._client.receive(self._group, bucket)
+            await _with_others(self._client.receive(self._group, bucket), channel)
         if session:
             await self._client.end_update()
         return await _told(channel.poll_fingerprint)
@@ -145,10 +152,22 @@ async def _told(poll: Callable[[], T | None]) -> T:
     return said
 
 
-async def _agreed(poll: Callable[[], T | None]) -> T:
-    """The first word of the trainer: until then nothing was changed here."""
+async def _with_others(call: Coroutine[Any, Any, None], channel: SyncChannel) -> None:
+    """Returns when `call` has, in which the server waits for all others; NCCL would let it wait though one has given up."""
+    task = asyncio.create_task(call)
     try:
-        return await _told(poll)
+        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            channel.expect_more()
+        task.result()
+    finally:
+        task.cancel()
+
+
+@contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """Inside, until the trainer's first word, a transfer that fails leaves the server as it was."""
+    try:
+        yield
     except SyncFailed as error:
         raise UpdateGivenUpError(f"the transfer of weights was given up: {error}") from None
 

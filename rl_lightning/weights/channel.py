@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,17 @@ def connect_store(host: str, port: int) -> TCPStore:
         raise TimeoutError(f"the trainer's store at {host}:{port} was not reached within {CONNECT_TIMEOUT_S:.0f} s") from error
 
 
+@contextmanager
+def served_by_trainer() -> Iterator[None]:
+    """Inside, a store that is gone says that its trainer is: it has nobody left to say so."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise SyncFailed(f"the trainer died, or cannot be reached any more: {str(error).splitlines()[0]}") from None
+
+
 def own_address() -> str:
     """Ray's address of this node, which other nodes reach, or the loopback address where Ray does not run."""
     import ray
@@ -92,8 +104,13 @@ class SyncChannel:
         self.refusal: Refusal = no_refusal
 
     def report_group(self, engine: int, group: str) -> None:
-        """Engine: my server is in `group`."""
-        self._store.set(f"{self._sync}/group/{engine}", group)
+        """Engine: my server is in `group`.
+
+        Raises:
+            SyncFailed: the trainer died.
+        """
+        with served_by_trainer():
+            self._store.set(f"{self._sync}/group/{engine}", group)
 
     def groups(self, engines: range, deadline: float) -> list[str]:
         """Trainer: what the engines reported. Blocks."""
@@ -109,7 +126,7 @@ class SyncChannel:
         """Engine: the group to use, or None if that is not yet said. Does not block.
 
         Raises:
-            SyncFailed: the trainer gave up.
+            SyncFailed: the trainer gave up or died.
         """
         return self._poll("go")
 
@@ -121,14 +138,19 @@ class SyncChannel:
         """Engine: the handles of a bucket, or None if it is not there yet. Does not block.
 
         Raises:
-            SyncFailed: the trainer gave up.
+            SyncFailed: the trainer gave up or died.
         """
         given = self._poll(f"bucket/{bucket}/{engine}")
         return None if given is None else json.loads(given)
 
     def report_taken(self, bucket: int, engine: int) -> None:
-        """Engine: I have copied it."""
-        self._store.set(f"{self._sync}/taken/{bucket}/{engine}", "")
+        """Engine: I have copied it.
+
+        Raises:
+            SyncFailed: the trainer died.
+        """
+        with served_by_trainer():
+            self._store.set(f"{self._sync}/taken/{bucket}/{engine}", "")
 
     def is_taken(self, bucket: int, engines: range) -> bool:
         """Trainer: whether all `engines` have copied it."""
@@ -142,7 +164,7 @@ class SyncChannel:
         """Engine: what was sent, or None if that is not yet said. Does not block.
 
         Raises:
-            SyncFailed: the trainer gave up.
+            SyncFailed: the trainer gave up or died.
         """
         told = self._poll("fingerprint")
         if told is None:
@@ -150,8 +172,9 @@ class SyncChannel:
         return {name: Sample(tuple(shape), tuple(values)) for name, (shape, values) in json.loads(told).items()}
 
     def fail(self, reason: str) -> None:
-        """Either: this transfer will not happen."""
-        self._store.set(f"{self._sync}/failed", reason)
+        """Either: this transfer will not happen. A trainer that died is not told."""
+        with suppress(SyncFailed), served_by_trainer():
+            self._store.set(f"{self._sync}/failed", reason)
 
     def failure(self) -> str | None:
         """The reason that was given, if any."""
@@ -161,6 +184,16 @@ class SyncChannel:
                 return reason
         key = f"{self._sync}/failed"
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def expect_more(self) -> None:
+        """Engine: looks whether the trainer still goes on. Does not block.
+
+        Raises:
+            SyncFailed: the trainer gave up or died.
+        """
+        with served_by_trainer():
+            if (reason := self.failure()) is not None:
+                raise SyncFailed(reason)
 
     def clear(self) -> None:
         """Trainer: nobody will ask any more. The store would keep all that was ever said otherwise."""
@@ -173,10 +206,10 @@ class SyncChannel:
         self._long.append(f"{self._sync}/{key}")
 
     def _poll(self, key: str) -> str | None:
-        if (reason := self.failure()) is not None:
-            raise SyncFailed(reason)
-        key = f"{self._sync}/{key}"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        self.expect_more()
+        with served_by_trainer():
+            key = f"{self._sync}/{key}"
+            return self._store.get(key).decode() if self._store.check([key]) else None
 
     def watch(self, done: Callable[[], bool], deadline: float, what: str) -> None:
         """Waits until `done`. Blocks.

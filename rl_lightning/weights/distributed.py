@@ -14,9 +14,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SLACK_S = 60.0
+"""PyTorch's own deadlines end so much later than ours, which tell what was waited for."""
+
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Environment variable that every process group reads as it is formed."""
 
 
 class DistributedTransport(AgreedTransport):
@@ -77,6 +85,7 @@ class DistributedTransport(AgreedTransport):
     def _move(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
         first = next(buckets)  # generation need not stand still for it
         self._agree_on_group(channel, deadline)
+        self._set_timeout(deadline)
         self._stream(itertools.chain([first], buckets), channel, deadline)
 
     def _agree_on_group(self, channel: SyncChannel, deadline: float) -> None:
@@ -89,11 +98,9 @@ class DistributedTransport(AgreedTransport):
         self._give_up()
         name = f"rl-lightning-{uuid.uuid4().hex}"
         channel.go(name)
-        formed: list[ProcessGroup] = []
-        join = _Background(lambda: formed.append(self._form_group(name, deadline)))
+        join = _Background(lambda: self._form_group(name, deadline))
         channel.watch(join.done, deadline, "the engines to join a process group")
-        join.result()
-        self._group, self._group_name = formed[0], name
+        self._group, self._group_name = join.result(), name
 
     def _form_group(self, name: str, deadline: float) -> ProcessGroup:
         """The other half of what SGLang does in `/init_weights_update_group`. Blocks until all have joined."""
@@ -103,7 +110,7 @@ class DistributedTransport(AgreedTransport):
         timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         store = PrefixStore(name, self._store)
         helper: Any = distributed_c10d._new_process_group_helper
-        with unbound_default_group():
+        with unbound_default_group(), no_end_with_engines():
             group, _ = helper(self._world, 0, [], Backend(self._backend), store, group_name=name, timeout=timeout)
         return group
 
@@ -112,9 +119,11 @@ class DistributedTransport(AgreedTransport):
         taker = FingerprintTaker([spec for specs in self._plan for spec in specs])
         flat = self._flat(next(buckets, None), taker)
         while flat is not None:
-            work = self._begin_broadcast(flat)
+            begun = self._begin_broadcast(flat)
             following = self._flat(next(buckets, None), taker)
             what = f"a broadcast of {flat.numel() / 2**20:.0f} MiB to {self._n_engines} engines"
+            channel.watch(begun.done, deadline, what)
+            work = begun.result()
             channel.watch(work.is_completed, deadline, what)
             work.wait()
             flat = following
@@ -128,31 +137,56 @@ class DistributedTransport(AgreedTransport):
         on_cpu = self._backend == "nccl" and not flat.is_cuda  # a trainer may keep its weights there
         return flat.cuda() if on_cpu else flat
 
-    def _begin_broadcast(self, flat: Tensor) -> Work:
+    def _begin_broadcast(self, flat: Tensor) -> _Background[Work]:
+        """Not in this thread: the first broadcast of a group connects NCCL, which waits for all engines without a deadline."""
         from torch.distributed import BroadcastOptions
 
-        assert self._group is not None
+        group = self._group
+        assert group is not None
         options = BroadcastOptions()
         options.rootRank = 0
         options.asyncOp = True
-        return self._group.broadcast([flat], options)
+        stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None  # which `flat` was made on
+
+        def begin() -> Work:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                return group.broadcast([flat], options)
+
+        return _Background(begin)
+
+    def _set_timeout(self, deadline: float) -> None:
+        """Has PyTorch wait at least until `deadline`; a group may have been formed when little time was left."""
+        assert self._group is not None
+        timeout = timedelta(seconds=max(0.0, deadline - time.monotonic()) + SLACK_S)
+        self._backend_of(self._group)._set_default_timeout(timeout)
+
+    def _backend_of(self, group: ProcessGroup) -> Any:
+        """What does the work; TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it."""
+        backend: Any = group._get_backend(torch.device("cuda" if self._backend == "nccl" else "cpu"))
+        return getattr(backend, "wrapped_pg", backend)
 
     def _give_up(self) -> None:
         """Leaves the process group without waiting for anybody."""
-        group, self._group, self._group_name = self._group, None, ""
-        if group is None:
+        if self._group is None:
             return
-        from torch.distributed import distributed_c10d
-
+        left, name = [self._group], self._group_name
+        self._group, self._group_name = None, ""
         if self._backend == "nccl":
-            group._get_backend(torch.device("cuda")).abort()
-        for registry in (
-            distributed_c10d._world.pg_map,
-            distributed_c10d._world.pg_names,
-            distributed_c10d._world.pg_backend_config,
-            distributed_c10d._world.pg_to_tag,
-        ):
-            registry.pop(group, None)
+            self._backend_of(left[0]).abort()
+        _Background(lambda: _forget(left.pop(), name))  # the last reference: a group that ends waits for its watchdog
+
+
+def _forget(group: ProcessGroup, name: str) -> None:
+    """Takes the `group` called `name` out of PyTorch's registries, which would keep its threads, connections and last buckets."""
+    from torch.distributed import distributed_c10d
+
+    world, unregister = distributed_c10d._world, cast(Any, distributed_c10d._unregister_process_group)
+    for registry in (world.pg_map, world.pg_names, world.pg_backend_config, world.pg_to_tag):
+        registry.pop(group, None)
+    for groups in world.tags_to_pg.values():
+        if group in groups:
+            groups.remove(group)
+    unregister(name)
 
 
 @contextmanager
@@ -175,28 +209,46 @@ def unbound_default_group() -> Iterator[None]:
             default.bound_device_id = bound
 
 
-class _Background:
+@contextmanager
+def no_end_with_engines() -> Iterator[None]:
+    """Inside, NCCL's process groups are formed whose errors end nothing but what asks for their results.
+
+    By default PyTorch's watchdog ends a process with the first connection that breaks, the trainer's with that to a lost engine.
+    """
+    before = os.environ.get(ERROR_HANDLING)
+    os.environ[ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[ERROR_HANDLING]
+        if before is not None:
+            os.environ[ERROR_HANDLING] = before
+
+
+class _Background(Generic[T]):
     """A blocking call in a thread of its own, which is left behind if nobody waits for it any more."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
         self._error: BaseException | None = None
+        self._results: list[T] = []
         self._function = function
         self._thread = threading.Thread(target=self._run, name="weight-transfer", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._function()
+            self._results.append(self._function())
         except Exception as error:  # handed to whoever asks for the result
             self._error = error
 
     def done(self) -> bool:
         return not self._thread.is_alive()
 
-    def result(self) -> None:
+    def result(self) -> T:
         self._thread.join()
         if self._error is not None:
             raise self._error
+        return self._results[0]
 
 
 def describe(specs: Sequence[WeightSpec]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from rl_lightning.weights.source import WeightSource
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 ALIGNMENT = 16
-DEVICE_ARGUMENT = 6
-"""Place of the device's index among the arguments of `rebuild_cuda_tensor`."""
+DEVICE_ARGUMENT, COUNTER_ARGUMENTS = 6, slice(11, 13)
+"""Places among the arguments of `rebuild_cuda_tensor`: the device's index, and where it is counted who has yet to open it."""
 
 
 class TensorTransport(AgreedTransport):
@@ -42,6 +42,7 @@ class TensorTransport(AgreedTransport):
     def __init__(self, host: str | None = None, bucket_bytes: int = BUCKET_BYTES) -> None:
         super().__init__(host, bucket_bytes)
         self._targets: Sequence[WeightTarget] = ()
+        self._last, self._given = 0, list[list[Handle]]()
 
     def stage(self, version: int, weights: WeightSource, targets: Sequence[WeightTarget]) -> list[WeightUpdate]:
         """The plan; also gives the memory that the training step left in the allocator's cache to the engine beside it."""
@@ -60,20 +61,27 @@ class TensorTransport(AgreedTransport):
     def _move(self, buckets: Iterator[Bucket], channel: SyncChannel, deadline: float) -> None:
         """While the engines copy one bucket, the next one is gathered."""
         taker = FingerprintTaker([spec for specs in self._plan for spec in specs])
-        engines, before = range(len(self._targets)), None
+        engines = range(len(self._targets))
         for i, bucket in enumerate(buckets):
             taker.look(bucket)
             shared = share_bucket(bucket)
-            if before is not None:
+            if i:
                 channel.watch(_taken(channel, i - 1, engines), deadline, f"engines to copy bucket {i - 1}")
-            for engine, target in zip(engines, self._targets, strict=True):
-                channel.give_bucket(i, engine, [handles(shared) for _ in range(target.ranks)])
-            before = shared  # lives until all have copied it
+            # the bucket before is let go now that all have copied it
+            self._last, self._given = i, [[Handle(shared) for _ in range(target.ranks)] for target in self._targets]
+            for engine, handles in enumerate(self._given):
+                channel.give_bucket(i, engine, [handle.text for handle in handles])
         channel.watch(_taken(channel, len(self._plan) - 1, engines), deadline, f"engines to copy bucket {len(self._plan) - 1}")
+        self._given = []
         channel.tell_fingerprint(taker.fingerprint())
 
     def _give_up(self) -> None:
-        """Nothing: a bucket lives no longer than its transfer."""
+        """Takes the last bucket back from engines that have not copied it: they will not, or end with it half copied."""
+        given, self._given = self._given, []
+        for engine, handles in enumerate(given):
+            if self._channel is None or not self._channel.is_taken(self._last, range(engine, engine + 1)):
+                for handle in handles:
+                    handle.take_back()
 
 
 def _taken(channel: SyncChannel, bucket: int, engines: range) -> Callable[[], bool]:
@@ -95,24 +103,45 @@ def share_bucket(bucket: Bucket) -> Bucket:
     return shared
 
 
-def handles(bucket: Bucket) -> str:
-    """Base64 of the pickled [(name, tensor)] that one process opens, once."""
-    buffer = io.BytesIO()
-    with shared_by_name():
-        ForkingPickler(buffer).dump([(name, _Handle(tensor)) for name, tensor in bucket])
-    return base64.b64encode(buffer.getvalue()).decode()
+class Handle:
+    """By what one process opens a bucket, once. Its memory lives until then, whatever becomes of the tensors.
+
+    Args:
+        bucket: of `share_bucket`.
+
+    Attributes:
+        text: base64 of the pickled [(name, tensor)].
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._tensors = [(name, _Shared(tensor)) for name, tensor in bucket]
+        buffer = io.BytesIO()
+        with shared_by_name():
+            ForkingPickler(buffer).dump(self._tensors)
+        self.text = base64.b64encode(buffer.getvalue()).decode()
+
+    def take_back(self) -> None:
+        """Nobody has opened it, or will: counts as if it had been opened and closed, on a GPU for each tensor."""
+        storage: Any = self._tensors[0][1].tensor.untyped_storage()
+        if not storage.is_cuda:
+            storage._shared_decref()
+            return
+        for _, shared in self._tensors:
+            storage._release_ipc_counter(*shared.counter, device=storage.device)
 
 
-class _Handle:
+class _Shared:
     """Pickles as a tensor. Its GPU is named by UUID: the same one has another index where other GPUs are visible."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
+        self.counter: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, arguments = reductions.reduce_tensor(self._tensor)
-        if self._tensor.is_cuda:
-            uuid = str(torch.cuda.get_device_properties(self._tensor.device).uuid)
+        rebuild, arguments = reductions.reduce_tensor(self.tensor)
+        if self.tensor.is_cuda:
+            uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
+            self.counter = arguments[COUNTER_ARGUMENTS]
             arguments = (*arguments[:DEVICE_ARGUMENT], uuid, *arguments[DEVICE_ARGUMENT + 1 :])
         return rebuild, arguments
 

@@ -14,6 +14,7 @@ from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.types import GenerationRequest, SamplingParams
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.tensor import TensorTransport
+from rl_lightning.weights.transport import WeightTarget
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -81,3 +82,17 @@ def test_weights_come_through_the_trainers_memory_and_the_server_makes_room(tmp_
         assert seen["asleep_gib"] < seen["awake_gib"] - 4, "0.4 of a GPU should have been given back"
     assert abs(seen["again_gib"] - seen["awake_gib"]) < 0.5
     assert seen["after_updates_gib"] - seen["again_gib"] < 0.1, "an update keeps memory"
+
+
+def test_memory_of_a_transfer_that_was_given_up_is_freed() -> None:
+    """It is counted who has yet to open it, and nobody ever will."""
+    weights, transport = [(name, torch.ones(2**26, device="cuda")) for name in "ab"], TensorTransport("127.0.0.1")
+    before, seen = torch.cuda.memory_allocated(), []
+    for version in range(3):
+        transport.stage(version, NamedWeights(weights), [WeightTarget("x"), WeightTarget("y", ranks=2)])
+        with pytest.raises(TimeoutError, match="engines to copy bucket 0"):
+            transport.send(0.2)
+        transport.release()
+        seen.append(torch.cuda.memory_allocated())
+    transport.close()
+    assert seen == [before] * 3

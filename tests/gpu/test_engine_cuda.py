@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.modules.async_ppo import AsyncPPOModule
 from rl_lightning.types import Completion, GenerationRequest, Prompt, Rollout, RolloutGroup, SamplingParams
+from rl_lightning.weights.distributed import DistributedTransport
 from rl_lightning.weights.source import NamedWeights
 from rl_lightning.weights.transport_choice import make_transport
 from tests.integration.running_engine import VOCABULARY, mixed_logprobs
@@ -145,6 +147,32 @@ def test_weights_arrive_while_answers_are_generated(served: Served, transport: s
     wrong = served.differences(answers, {before: 1, before + 1: 0})
     assert wrong.mean() > 10 * differences.mean(), "the two models are too alike to tell by their log-probabilities"
     assert stopped_s < 10
+
+
+@two_gpus
+def test_an_engine_that_joins_and_does_not_receive_is_given_up_in_time(served: Served) -> None:
+    """NCCL connects in a group's first broadcast, and has no deadline there."""
+    sender, over = DistributedTransport(), asyncio.Event()
+    weights = NamedWeights((name, p.to("cuda:1")) for name, p in served.modules[0].model.named_parameters())
+    [update] = sender.stage(served.version + 1, weights, [served.engine.target])
+
+    async def join() -> None:
+        assert served.engine._receiver is not None
+        async with served.engine._receiver.prepared(update):
+            await over.wait()
+
+    joined, started = served.submit(join()), time.monotonic()
+    try:
+        with pytest.raises(TimeoutError, match="a broadcast of"):
+            sender.send(10.0)
+    finally:
+        served.loop.call_soon_threadsafe(over.set)
+        sender.close()
+    assert time.monotonic() - started < 30
+    joined.result(60)
+    served.publish(1, "distributed", "cuda:1")  # and the next group is formed and used
+    differences = served.differences(answers_of(served.ask_later(seed=5)), {served.version: 1})
+    assert differences.mean() < 0.05
 
 
 def test_answers_go_on_with_the_keys_they_have(served: Served) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import pickle
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +32,10 @@ from rl_lightning.engines.sglang_memory import ServerMemory
 from rl_lightning.engines.sglang_pause import Pause
 from rl_lightning.engines.sglang_probe import SAMPLES, _parts, exchange_parts, find_parameter, held_values, shard_starts
 from rl_lightning.engines.sglang_process import SGLangProcess
-from rl_lightning.engines.sglang_receiver import as_held
+from rl_lightning.engines.sglang_receiver import Receiver, as_held
 from rl_lightning.engines.sglang_server import wants_cpu
 from rl_lightning.types import GenerationRequest, SamplingParams
+from rl_lightning.weights.channel import SyncChannel, serve_store
 from rl_lightning.weights.fingerprint import find_mismatch
 from rl_lightning.weights.transport import Sample, WeightUpdate
 
@@ -138,7 +139,7 @@ def test_every_token_has_the_version_that_was_live_when_it_came(sampled: list[in
 
 
 def test_a_server_whose_requests_are_in_one_queue_can_be_held() -> None:
-    assert can_hold({"pp_size": 1, "dp_size": 1, "speculative_algorithm": None, "tp_size": 4})
+    assert can_hold({"pp_size": 1, "speculative_algorithm": None, "tp_size": 4})
     assert not can_hold({"pp_size": 2}) and not can_hold({"speculative_algorithm": "EAGLE"})
 
 
@@ -278,6 +279,46 @@ def test_an_update_that_others_give_up_leaves_the_server_as_it_was() -> None:
     assert gate.is_open and gate.version == 3 and client.asked == []
 
 
+def test_a_trainer_that_dies_before_it_agreed_leaves_the_server_as_it_was() -> None:
+    async def scenario() -> None:
+        store = serve_store("127.0.0.1")
+        payload = {"host": "127.0.0.1", "port": store.port, "sync": "s", "engine": 0}
+        prepared = Receiver(client, "float32").prepared(WeightUpdate(1, "distributed", payload, None))
+        entered = asyncio.create_task(prepared.__aenter__())  # type: ignore[arg-type]
+        while not store.check(["s/group/0"]):
+            await asyncio.sleep(0.01)
+        del store
+        with pytest.raises(UpdateGivenUpError, match="the trainer died"):
+            await asyncio.wait_for(entered, 60)
+
+    client = HeldClient()
+    asyncio.run(scenario())
+    assert client.asked == []
+
+
+def test_a_server_that_waits_for_the_others_is_told_when_one_gives_up() -> None:
+    class Waiting(HeldClient):
+        async def join_group(self, **where: object) -> None:
+            pass
+
+        async def receive(self, group: str, bucket: Mapping[str, object]) -> None:
+            trainer.fail("engine 1 refused")
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        receiver = Receiver(Waiting(), "float32")
+        async with receiver.prepared(WeightUpdate(1, "distributed", payload, None)) as load:
+            await load()
+
+    store = serve_store("127.0.0.1")
+    trainer = SyncChannel(store, "s")
+    trainer.go("group")
+    payload = {"host": "127.0.0.1", "port": store.port, "sync": "s", "engine": 0, "buckets": [{}]}
+    payload |= {"rank": 1, "world_size": 3, "backend": "nccl"}
+    with pytest.raises(EngineError, match="given up: engine 1 refused"):
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
     async def scenario() -> None:
         pause = Pause(HeldClient({}, None), GenerationGate(), InFlight())
@@ -344,6 +385,8 @@ def test_server_arguments_pass_through_and_win() -> None:
     "arguments",
     [
         {"server_args": {"port": 1}},
+        {"server_args": {"dp_size": 2}},
+        {"server_args": {"data-parallel-size": "4"}},
         {"url": "http://x", "server_args": {"a": 1}},
         {"new_tokens_per_chunk": 0},
         {"url": "http://x", "colocated": True},

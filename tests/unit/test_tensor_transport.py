@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
+import os
 import pickle
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch
 from rl_lightning.weights.channel import SyncChannel, connect_store
 from rl_lightning.weights.fingerprint import find_mismatch, pick
 from rl_lightning.weights.source import NamedWeights
-from rl_lightning.weights.tensor import TensorTransport, handles, share_bucket
+from rl_lightning.weights.tensor import Handle, TensorTransport, share_bucket
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 WEIGHTS = [("a", torch.arange(3, dtype=torch.bfloat16)), ("b", torch.arange(6.0).view(2, 3)), ("c", torch.ones(1))]
@@ -37,7 +40,7 @@ def opened(handle: str) -> list[tuple[str, torch.Tensor]]:
 
 def test_a_shared_bucket_is_the_same_tensors_whatever_their_alignment() -> None:
     shared = share_bucket(WEIGHTS)
-    for (name, tensor), (own_name, own) in zip(opened(handles(shared)), WEIGHTS, strict=True):
+    for (name, tensor), (own_name, own) in zip(opened(Handle(shared).text), WEIGHTS, strict=True):
         assert name == own_name and tensor.dtype == own.dtype and torch.equal(tensor, own)
 
 
@@ -76,6 +79,32 @@ def test_an_engine_that_takes_nothing_is_given_up(transport: TensorTransport) ->
     with pytest.raises(TimeoutError, match="engines to copy bucket 0"):
         transport.send(0.2)
     assert "gave up" in str(channel_of(update).failure())
+
+
+def test_memory_of_a_transfer_that_was_given_up_is_freed(transport: TensorTransport) -> None:
+    def in_use() -> set[str]:
+        return {file.name for file in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+
+    before = in_use()
+    updates = transport.stage(1, NamedWeights(WEIGHTS), [WeightTarget("x"), WeightTarget("y", ranks=2)])
+    taken = threading.Event()
+
+    def take() -> None:
+        channel = channel_of(updates[0])
+        while (given := channel.poll_bucket(0, 0)) is None:
+            time.sleep(0.001)
+        opened(given[0])
+        channel.report_taken(0, 0)
+        taken.set()
+
+    engine = threading.Thread(target=take)
+    engine.start()
+    with pytest.raises(TimeoutError, match="not now"):
+        transport.send(60.0, lambda: "not now" if taken.is_set() else None)
+    engine.join()
+    transport.release()
+    gc.collect()
+    assert in_use() <= before
 
 
 def test_an_engine_that_refuses_ends_the_wait_at_once(transport: TensorTransport) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +21,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
-from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store
+from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store, serve_store
 from rl_lightning.weights.disk import DiskTransport
-from rl_lightning.weights.distributed import DistributedTransport, describe, flatten, unbound_default_group
+from rl_lightning.weights.distributed import (
+    ERROR_HANDLING,
+    DistributedTransport,
+    describe,
+    flatten,
+    no_end_with_engines,
+    unbound_default_group,
+)
 from rl_lightning.weights.fingerprint import find_mismatch, pick, sampled_positions, take_fingerprint
 from rl_lightning.weights.object_store import ObjectStoreTransport
 from rl_lightning.weights.source import NamedWeights
@@ -176,6 +187,22 @@ def test_an_engine_whose_partner_never_joins_is_told(transport: DistributedTrans
         channel.poll_go()
 
 
+def test_an_engine_learns_that_the_trainer_died() -> None:
+    store = serve_store("127.0.0.1")
+    channel = SyncChannel(connect_store("127.0.0.1", store.port), "s")
+    del store
+    calls: list[Callable[[], object]] = [
+        channel.poll_go,
+        channel.poll_fingerprint,
+        lambda: channel.report_group(0, ""),
+        lambda: channel.report_taken(0, 0),
+    ]
+    for call in calls:
+        with pytest.raises(SyncFailed, match="the trainer died"):
+            call()
+    channel.fail("nobody hears it")
+
+
 def test_engines_that_are_left_form_a_group_without_the_one_that_went() -> None:
     """A broadcast in the old group would wait for it."""
 
@@ -196,6 +223,95 @@ def test_engines_that_are_left_form_a_group_without_the_one_that_went() -> None:
     transport._group = None
     transport.close()
     assert worlds == [(False, 3), (True, 3), (False, 2), (True, 2)]
+
+
+class Stuck:
+    """A process group whose broadcast does not even begin, as NCCL's first one while an engine has not come."""
+
+    def __init__(self) -> None:
+        self.released, self.allowed_s = threading.Event(), 0.0
+
+    def size(self) -> int:
+        return 2
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> None:
+        self.released.wait(60)
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return self
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self.allowed_s = timeout.total_seconds()
+
+
+@pytest.mark.parametrize(("timeout_s", "reason"), [(1.0, "a broadcast of"), (60.0, "no memory left")])
+def test_a_broadcast_that_does_not_begin_is_given_up(timeout_s: float, reason: str) -> None:
+    class Forming(DistributedTransport):
+        def _form_group(self, name: str, deadline: float) -> Any:
+            return group
+
+    transport, group = Forming(backend="gloo", host="127.0.0.1"), Stuck()
+    [update] = transport.stage(1, NamedWeights(WEIGHTS), [X])
+    channel = SyncChannel(connect_store("127.0.0.1", update.payload["port"]), update.payload["sync"])
+    channel.report_group(0, "")
+    if timeout_s > 10:
+        threading.Timer(0.5, channel.fail, ["no memory left"]).start()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=reason):
+        transport.send(timeout_s)
+    assert time.monotonic() - started < 20 and group.allowed_s > timeout_s
+    group.released.set()
+    transport.close()
+
+
+def test_a_group_that_is_left_is_gone() -> None:
+    """Its threads and connections would stay otherwise, those of every engine that was ever lost."""
+    transport = DistributedTransport(backend="gloo", host="127.0.0.1")
+    transport.stage(1, NamedWeights(WEIGHTS), [])
+    transport._group_name = "rl-lightning-test"
+    transport._group = transport._form_group(transport._group_name, time.monotonic() + 60)
+    group = weakref.ref(transport._group)
+    transport.close()
+    deadline = time.monotonic() + 60
+    while group() is not None and time.monotonic() < deadline:
+        gc.collect()
+    assert group() is None
+
+
+def test_a_group_that_was_formed_in_the_last_moment_has_time_for_later_broadcasts() -> None:
+    transport = DistributedTransport(backend="gloo", host="127.0.0.1")
+    [update] = transport.stage(1, NamedWeights(WEIGHTS), [X])
+    joined: list[Any] = []
+
+    def join() -> None:
+        store = dist.PrefixStore("late", connect_store("127.0.0.1", update.payload["port"]))
+        backend_store = dist.PrefixStore("cpu/", dist.PrefixStore("late/", store))
+        joined.append(dist.ProcessGroupGloo(backend_store, 1, 2, timedelta(seconds=60)))
+
+    engine = threading.Thread(target=join)
+    engine.start()
+    transport._group_name = "late"
+    transport._group = transport._form_group("late", time.monotonic())  # one second
+    engine.join()
+    transport._set_timeout(time.monotonic() + 60)
+    work = transport._begin_broadcast(torch.arange(3, dtype=torch.uint8)).result()
+    time.sleep(2)  # longer than there was to form it
+    received = torch.zeros(3, dtype=torch.uint8)
+    joined[0].broadcast(received, 0).wait()
+    work.wait()
+    assert received.tolist() == [0, 1, 2]
+    transport.close()
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_only_groups_with_engines_outlive_their_errors(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ERROR_HANDLING, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(ERROR_HANDLING, chosen)
+    with pytest.raises(ZeroDivisionError), no_end_with_engines():
+        assert os.environ[ERROR_HANDLING] == "0"
+        _ = 1 / 0
+    assert os.environ.get(ERROR_HANDLING) == chosen
 
 
 def test_each_transfer_has_names_of_its_own(transport: DistributedTransport) -> None:
