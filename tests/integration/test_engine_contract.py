@@ -205,12 +205,12 @@ def test_a_killed_server_is_an_error_at_once_and_can_be_started_again(running: R
     for victim in ("server", "scheduler"):
         server = psutil.Process(engine._process.pid)
         family = [server, *server.children(recursive=True)]
-        futures = running.ask_later(4, max_new_tokens=1000)
+        futures = running.ask_later(64, max_new_tokens=1000)  # so many that they last on a busy machine
         time.sleep(0.3)
         scheduler = next(p for p in family if "scheduler" in p.name() or "scheduler" in " ".join(p.cmdline()))
         os.kill(engine._process.pid if victim == "server" else scheduler.pid, signal.SIGKILL)
         started = time.monotonic()
-        errors = [error for future in futures if (error := future.exception(30)) is not None]  # one may have ended by itself
+        errors = [error for future in futures if (error := future.exception(30)) is not None]  # some may have ended
         assert len(errors) >= 2 and all(isinstance(error, EngineError) and "SGLang" in str(error) for error in errors)
         assert time.monotonic() - started < 10
         with pytest.raises(EngineError):
