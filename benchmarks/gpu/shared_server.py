@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,13 +28,13 @@ class SharedServer(SGLangProcess):
     Args:
         model: folder of the model.
         log: takes what the server prints.
-        gpu: index of its GPU; None: the CPU.
+        gpu: index of its GPU among those that this process may use; None: the CPU.
         server_args: SGLang's arguments by name.
     """
 
     def __init__(self, model: Path, log: Path, gpu: int | None, server_args: Mapping[str, Any]) -> None:
         device, dtype = ("cpu", "float32") if gpu is None else ("cuda", "bfloat16")
-        env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": device_name(gpu)}
         super().__init__(str(model), device, dtype, server_args, log_path=str(log), env=env)
         self._ended = threading.Event()
 
@@ -55,3 +56,9 @@ class SharedServer(SGLangProcess):
         """Ends the server and all that it started."""
         self._ended.set()
         self.stop()
+
+
+def device_name(gpu: int) -> str:
+    """What CUDA_VISIBLE_DEVICES of a child process calls the GPU that is number `gpu` in this one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu].strip() if visible else str(gpu)
