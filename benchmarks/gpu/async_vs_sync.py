@@ -223,13 +223,15 @@ def rival(document: dict[str, Any]) -> dict[str, Any]:
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Markdown, one line for each turn."""
-    lines = [f"| turn | {' | '.join(MEASURES.values())} | x eta 0 | of the bound |", "|---" * (len(MEASURES) + 3) + "|"]
-    limit, base = bound(summaries), summaries.get("0", {}).get("tokens_per_s")
+    rates = {name: result.get("tokens_per_s") for name, result in summaries.items()}
+    others = {"x eta 0": rates.get("0"), "of the bound": bound(summaries)}
+    others |= {"x the rival": rates[RIVAL]} if RIVAL in rates else {}
+    lines = [f"| turn | {' | '.join([*MEASURES.values(), *others])} |", "|---" * (len(MEASURES) + len(others) + 1) + "|"]
     for name, result in summaries.items():
-        cells = [shown(result[key]) if key in result else "-" for key in MEASURES]
-        rate = result.get("tokens_per_s")
-        against = [f"{rate / other:.2f}" if rate and other and name[0].isdigit() else "-" for other in (base, limit)]
-        lines.append(f"| {f'eta {name}' if name[0].isdigit() else name} | {' | '.join([*cells, *against])} |")
+        cells, rate = [shown(result[key]) if key in result else "-" for key in MEASURES], rates[name]
+        is_turn = name[0].isdigit()
+        against = [f"{rate / other:.2f}" if rate and other and is_turn else "-" for other in others.values()]
+        lines.append(f"| {f'eta {name}' if is_turn else name} | {' | '.join([*cells, *against])} |")
     return "\n".join(lines)
 
 

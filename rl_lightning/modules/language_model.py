@@ -28,6 +28,7 @@ from rl_lightning.models.operations import Operations
 from rl_lightning.models.packed_model import load_packed, prepare_training, score_targets
 from rl_lightning.models.sharding import Sharding
 from rl_lightning.modules.counted_step import counted_once
+from rl_lightning.modules.cpu_threads import limit_cpu_threads
 from rl_lightning.modules.data_parallel import DataParallel
 from rl_lightning.modules.hyperparameters import as_config, as_plain
 from rl_lightning.modules.micro_batches import deal_micro_batches
@@ -175,10 +176,12 @@ class LanguageModule(LightningModule):
         return configured
 
     def on_fit_start(self) -> None:
-        """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step."""
+        """Refuses what manual optimisation cannot do; on the CPU, keeps memory for the next step; beside a GPU, few threads."""
         check_trainer(self.trainer)
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            limit_cpu_threads()
         self._graphs = compiled_graphs()
         self.speed_up([model for model, _ in self.trained()])
 

@@ -82,6 +82,13 @@ def test_the_table_compares_with_eta_0_and_with_the_bound() -> None:
     assert len({row.count("|") for row in rows}) == 1
 
 
+def test_turns_are_compared_with_the_rival_where_it_was_measured() -> None:
+    rates = {"0": 1.5, "4": 3.0, async_vs_sync.RIVAL: 2.0}
+    head, _, *rows = async_vs_sync.table({name: {"tokens_per_s": rate} for name, rate in rates.items()}).splitlines()
+    assert head.endswith("| x the rival |")
+    assert [row.split("|")[-2].strip() for row in rows] == ["0.75", "1.50", "-"]
+
+
 def test_the_rival_is_two_gpus_of_one_that_does_both() -> None:
     document = {"command": "python ...", "turns": {"0": {"tokens_per_s": 5.0, "seconds": 2.0}, "4": {"tokens_per_s": 6.0}}}
     assert async_vs_sync.rival(document) == {"tokens_per_s": 10.0, "seconds": 2.0, "command": "python ..."}
