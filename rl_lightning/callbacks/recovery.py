@@ -20,6 +20,7 @@ from rl_lightning.callbacks.frequency import Frequency, ends_epoch
 logger = logging.getLogger(__name__)
 
 NAME = "last.ckpt"
+EXIT_CODE_OF_CTRL_C = 1  # Lightning's for a KeyboardInterrupt
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -35,8 +36,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt`; the previous one is replaced only when the new one is complete.
 
     Saves between two training steps only: when due, when the trainer was asked to stop, after the last step, and when
-    Ctrl-C or SIGTERM comes while the trainer waits for a batch.  SIGTERM in a step ends the run after it.  It is a
-    ModelCheckpoint so that Lightning's `ckpt_path="last"` finds its file.
+    Ctrl-C or SIGTERM comes while the trainer waits for a batch.  In a single process either of them in a step ends the run
+    after it.  It is a ModelCheckpoint so that Lightning's `ckpt_path="last"` finds its file.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -52,7 +53,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self.path = Path(folder) / NAME
         self.frequency = Frequency(epochs, steps, secs)
         self._saved_step = -1
-        self._between_steps = False
+        self._between_steps = self._interrupted = False
 
     @property
     def state_key(self) -> str:
@@ -95,7 +96,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """Nothing: the last batch has been handled."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves when the run is stopped between two steps.
+        """Saves when the run is stopped between two steps, and gives Ctrl-C the exit status that it has everywhere.
 
         SIGTERMException comes at the same step in all ranks; KeyboardInterrupt, and the SystemExit that Ray makes of SIGTERM in
         a process that waits for it, may come in one alone, which then could not save without the others.
@@ -104,6 +105,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and together and self._between_steps and trainer.training:
             self._save(trainer)
+        if self._interrupted and isinstance(exception, SIGTERMException):
+            exception.code = EXIT_CODE_OF_CTRL_C
 
     def state_dict(self) -> dict[str, Any]:
         """The counters of the frequency, and where the last checkpoint is."""
@@ -117,21 +120,25 @@ class RecoveryCheckpoint(ModelCheckpoint):
     def _have_steps_finished(self, trainer: Trainer) -> None:
         """Lightning ends a run after the step in which SIGTERM came, but also calls Ray's handler, which exits there and then.
 
-        Nothing is changed where Lightning handles no signals: in the ranks of a RayStrategy. It puts back what it found.
+        Ctrl-C is made to do the same.  Nothing is changed where Lightning handles no signals: in the ranks of a RayStrategy.
+        It puts back what it found.
         """
-        handle = signal.getsignal(signal.SIGTERM)
-        if not isinstance(handle, _HandlersCompose):
+        handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if not isinstance(handlers[signal.SIGTERM], _HandlersCompose):
             return
         connector = trainer._signal_connector
 
         def note(signum: int, frame: FrameType) -> None:
             if self._between_steps or connector.received_sigterm:
-                handle(signum, frame)
+                handlers[signum](signum, frame)
             else:
-                logger.info("SIGTERM: the run ends after this step; a second one ends it at once")
+                logger.info("%s: the run ends after this step; a second one ends it at once", signal.Signals(signum).name)
+                self._interrupted = signum == signal.SIGINT
                 connector.received_sigterm = True
 
-        connector._register_signal(signal.SIGTERM, note)
+        for signum, handler in handlers.items():
+            if callable(handler):  # Ctrl-C may be ignored, as under nohup
+                connector._register_signal(signum, note)
 
     def _save(self, trainer: Trainer) -> None:
         """Collective: every rank must call it at the same step."""
