@@ -285,7 +285,7 @@ def main(args: ArgsType = None) -> None:
     try:
         RLCLI(args)
     except SIGTERMException as stop:  # Lightning raises it without a status, which would be one of success
-        sys.exit(stop.code or EXIT_CODE_OF_SIGTERM)
+        sys.exit(EXIT_CODE_OF_SIGTERM if stop.code is None else stop.code)
     except Exception as error:
         sentence = find_cause(error, (*CONFIGURATION_ERRORS, *TRAINING_ERRORS))
         logger.error("%s", sentence or error, exc_info=True, extra={"brief": sentence is not None})

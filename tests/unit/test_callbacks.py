@@ -348,10 +348,10 @@ def exits_at_once() -> Iterator[Any]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, None), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}])
 def test_a_step_in_which_a_signal_comes_is_finished_and_saved(
-    tmp_path: Path, exits_at_once: Any, options: dict[str, Any], signum: int, status: int | None
+    tmp_path: Path, exits_at_once: Any, options: dict[str, Any], signum: int, status: int
 ):
     whole = fit([], n_steps=5)
     torch.manual_seed(0)
