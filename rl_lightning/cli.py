@@ -284,8 +284,8 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(os.getcwd())  # so that `my_rewards.score` means my_rewards.py in this folder
     try:
         RLCLI(args)
-    except SIGTERMException:  # Lightning raises it without a status, which would be one of success
-        sys.exit(EXIT_CODE_OF_SIGTERM)
+    except SIGTERMException as stop:  # Lightning raises it without a status, which would be one of success
+        sys.exit(EXIT_CODE_OF_SIGTERM if stop.code is None else stop.code)
     except Exception as error:
         sentence = find_cause(error, (*CONFIGURATION_ERRORS, *TRAINING_ERRORS))
         logger.error("%s", sentence or error, exc_info=True, extra={"brief": sentence is not None})

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+from rl_lightning.callbacks.step_signals import StepSignals
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +33,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt`; the previous one is replaced only when the new one is complete.
 
     Saves between two training steps only: when due, when the trainer was asked to stop, after the last step, and when
-    Ctrl-C or SIGTERM comes while the trainer waits for a batch.  SIGTERM in a step ends the run after it.  It is a
-    ModelCheckpoint so that Lightning's `ckpt_path="last"` finds its file.
+    Ctrl-C or SIGTERM comes, see `StepSignals`.  It is a ModelCheckpoint so that Lightning's `ckpt_path="last"` finds its file.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -53,6 +50,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self.frequency = Frequency(epochs, steps, secs)
         self._saved_step = -1
         self._between_steps = False
+        self._signals: StepSignals | None = None
 
     @property
     def state_key(self) -> str:
@@ -64,8 +62,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self.frequency.restart_clock()
         self._saved_step = trainer.global_step
         self._between_steps = True
-        if trainer.world_size == 1:
-            self._have_steps_finished(trainer)
+        self._signals = StepSignals(trainer, lambda: not self._between_steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the weights are between two versions."""
@@ -76,6 +73,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         due = self.frequency.step(ends_epoch=ends_epoch(trainer, batch_idx))
         if self.frequency.secs is not None:
             due = trainer.strategy.broadcast(due)  # clocks of the ranks differ
+        if self._signals is not None:
+            self._signals.end_step()
         if due or trainer.should_stop or trainer.received_sigterm or _is_last_step(trainer, batch_idx):
             self._save(trainer)
         self._between_steps = True
@@ -95,7 +94,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """Nothing: the last batch has been handled."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves when the run is stopped between two steps.
+        """Saves when the run is stopped between two steps; gives the exception that ends it its exit code.
 
         SIGTERMException comes at the same step in all ranks; KeyboardInterrupt, and the SystemExit that Ray makes of SIGTERM in
         a process that waits for it, may come in one alone, which then could not save without the others.
@@ -104,6 +103,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and together and self._between_steps and trainer.training:
             self._save(trainer)
+        if self._signals is not None and isinstance(exception, SIGTERMException):
+            exception.code = self._signals.exit_code
 
     def state_dict(self) -> dict[str, Any]:
         """The counters of the frequency, and where the last checkpoint is."""
@@ -113,25 +114,6 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """Goes on counting."""
         self.frequency.load_state_dict(state_dict)
         self.last_model_path = state_dict["last_model_path"]
-
-    def _have_steps_finished(self, trainer: Trainer) -> None:
-        """Lightning ends a run after the step in which SIGTERM came, but also calls Ray's handler, which exits there and then.
-
-        Nothing is changed where Lightning handles no signals: in the ranks of a RayStrategy. It puts back what it found.
-        """
-        handle = signal.getsignal(signal.SIGTERM)
-        if not isinstance(handle, _HandlersCompose):
-            return
-        connector = trainer._signal_connector
-
-        def note(signum: int, frame: FrameType) -> None:
-            if self._between_steps or connector.received_sigterm:
-                handle(signum, frame)
-            else:
-                logger.info("SIGTERM: the run ends after this step; a second one ends it at once")
-                connector.received_sigterm = True
-
-        connector._register_signal(signal.SIGTERM, note)
 
     def _save(self, trainer: Trainer) -> None:
         """Collective: every rank must call it at the same step."""

@@ -21,7 +21,7 @@ from rl_lightning.engines.sglang_args import (
     sharing_args,
     transports_for,
 )
-from rl_lightning.engines.sglang_client import SGLangClient
+from rl_lightning.engines.sglang_client import BrokenConnectionError, SGLangClient
 from rl_lightning.engines.sglang_hold import can_hold
 from rl_lightning.engines.sglang_memory import ServerMemory
 from rl_lightning.engines.sglang_pause import Pause
@@ -158,11 +158,16 @@ class SGLangEngine:
             EngineError: the server died or did not finish within `request_timeout_s`.
             ValueError: the server refuses this request, as too long for instance.
         """
+        client, _ = self._parts()
         answer = Answer(request, await self._decode_for(request.params))
         try:
             async with asyncio.timeout(self.request_timeout_s), self._prefixes.sharing(request.prompt_ids):
                 while answer.finish_reason is None:
-                    await self._extend(answer)
+                    try:
+                        await self._extend(answer)
+                    except BrokenConnectionError:
+                        if self._client is not client or not await client.reachable():
+                            raise
         except TimeoutError:
             raise EngineError(
                 f"SGLang did not finish an answer within {self.request_timeout_s:.0f} s (request_timeout_s)"
@@ -299,7 +304,7 @@ class SGLangEngine:
             with self._flight.request(rid, version) as spans:
                 try:
                     segment = await client.generate(rid, context, answer.request.params, most, fewest, self._cache_of(version))
-                except asyncio.CancelledError:
+                except (asyncio.CancelledError, BrokenConnectionError):  # the server may go on with it
                     client.abort_soon(rid)
                     raise
             self._answered_s = time.monotonic()

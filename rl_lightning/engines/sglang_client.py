@@ -28,6 +28,24 @@ OK, BAD_REQUEST, NOT_FOUND = 200, 400, 404
 KEEP_ALIVE_S = 2.0  # below the server's own 5 s, so that no request is written to a connection that is being closed
 RETRY_S = (0.05, 0.2)
 PROBE_RETRY_S = 0.005
+REPEATABLE = frozenset(
+    {
+        "/server_info",
+        "/abort_request",
+        "/get_weights_by_name",
+        "/pause_generation",
+        "/continue_generation",
+        "/flush_cache",
+        "/update_weights_from_disk",
+        "/destroy_weights_update_group",
+    }
+)
+"""What a server may be told twice. Of the rest a scheduler may die (memory), wait for ever (groups, broadcasts), or refuse the
+second call for the first one (sessions, `/generate` under the same name); a bucket in memory is opened once."""
+
+
+class BrokenConnectionError(EngineError):
+    """The connection broke in a call that the server may have got, and must not get twice."""
 
 
 class Shown(NamedTuple):
@@ -70,9 +88,10 @@ class SGLangClient:
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: Sequence[int] = (OK,)) -> Any:
         """(status, JSON or text) of one call.
 
-        A connection that breaks although the server lives is tried again: every call here may be made twice.
+        Where the connection breaks although the server lives, the call is made again if the server did not get it, or may.
 
         Raises:
+            BrokenConnectionError: it may have got a call that is not `REPEATABLE`.
             EngineError: no connection, a closed client, or a status that is not in `accept`.
         """
         data = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -85,9 +104,13 @@ class SGLangClient:
                     content = orjson.loads(await answer.read()) if is_json else await answer.text()
                 break
             except (aiohttp.ClientError, ConnectionError) as error:
-                await asyncio.sleep(pause_s or 0.0)
-                if (cause := self._cause()) or pause_s is None:
+                may_repeat = path in REPEATABLE or isinstance(error, aiohttp.ClientConnectorError)
+                await asyncio.sleep((pause_s or 0.0) if may_repeat else sum(RETRY_S))  # a death takes that long to be seen
+                if (cause := self._cause()) or (may_repeat and pause_s is None):
                     raise EngineError(f"SGLang at {self.url} died: {cause or error!r}") from error
+                if not may_repeat:
+                    said = f"SGLang at {self.url} may have done {path}, whose connection broke: {error!r}"
+                    raise BrokenConnectionError(said) from error
         if answer.status not in accept:
             raise EngineError(f"SGLang at {self.url} answered {path} with {answer.status}: {message_of(content)}")
         return answer.status, content

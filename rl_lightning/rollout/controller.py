@@ -114,12 +114,17 @@ class RolloutController:
         return leases.result() if leases.done() else []
 
     async def put(self, worker: str, lease: Lease, record: GroupRecord, content: Any) -> bool:
-        """A group is answered. False, and nothing happens, if the lease was given to another worker meanwhile."""
+        """A group is answered.
+
+        False, and nothing happens, if the worker does not hold the lease any more: another one was given it, or this is the
+        same call again, whose answer the network lost.
+        """
         if self._roster.get(worker) is None:
             return False  # it held nothing since it was lost, or since the trainer began anew
         content = await self._claim(worker, content)
         if lease.evaluation:
-            self._evaluations.finish(lease.submission, content)
+            if not self._evaluations.finish(lease.submission, content):
+                return False
         elif not self._ledger.holds(worker, lease.index, lease.submission):
             return False
         elif (reason := self._selection.reason_to_reject(record)) is not None:

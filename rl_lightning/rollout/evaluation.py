@@ -56,11 +56,12 @@ class EvaluationQueue:
         self._running[self._submissions] = (evaluation, position, worker)
         return position, self._submissions
 
-    def finish(self, submission: int, content: Any) -> None:
-        """Stores an answer; one whose lease ended meanwhile is dropped."""
+    def finish(self, submission: int, content: Any) -> bool:
+        """Stores an answer; False for one whose lease ended meanwhile: it is dropped."""
         lease = self._running.pop(submission, None)
         if lease is not None and lease[0] in self._evaluations:
             self._evaluations[lease[0]].answered[lease[1]] = content
+        return lease is not None
 
     def give_back(self, submission: int, *, counts: bool = False) -> bool:
         """The lease ended without an answer: to the front of the queue.

@@ -21,6 +21,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ class RolloutWorker:
         workflow: turns a lease into a group.
         score: the rewards.
         decode: token ids to text.
-        store: keeps a group and returns what the controller claims it by.
+        store: keeps a group while the controller is told of it, and gives what it claims it by.
         handle: how the trainer reaches this worker.
     """
 
@@ -83,7 +84,7 @@ class RolloutWorker:
         workflow: Workflow,
         score: Scorer,
         decode: Callable[[Sequence[int]], str],
-        store: Callable[[RolloutGroup], Any] = lambda group: group,
+        store: Callable[[RolloutGroup], AbstractContextManager[Any]] = nullcontext,
         handle: Any = None,
     ) -> None:
         self.settings, self.controller, self.engine = settings, controller, engine
@@ -192,7 +193,8 @@ class RolloutWorker:
             group = await self._workflow.run(lease, self.engine, self._score, self._decode)
             group = RolloutGroup(group.index, group.prompt, group.rollouts, self.settings.name, time.monotonic() - started_s)
             record = GroupRecord.of(group, passes_filter=lease.evaluation or passes(self.settings.group_filter, group))
-            await self.controller.put(self.settings.name, lease, record, self._store(group))
+            with self._store(group) as content:
+                await self.controller.put(self.settings.name, lease, record, content)
         except EngineError as error:
             self._engine_failed(error)
             await self.controller.give_back(self.settings.name, lease, str(error), counts=False)

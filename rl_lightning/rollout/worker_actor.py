@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rl_lightning.engines.engine import EngineError
 from rl_lightning.rollout.controller_client import ControllerClient
+from rl_lightning.rollout.outbox import Outbox
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.types import RolloutGroup
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
@@ -50,8 +50,7 @@ class RolloutWorkerActor:
         self.settings, self.controller = settings, controller
         self.engine, self.workflow, self.rewards = engine, workflow, rewards
         self.worker: RolloutWorker | None = None
-        self._outbox: dict[int, RolloutGroup] = {}
-        self._keys = itertools.count()
+        self.outbox = Outbox()
         self._loop = asyncio.new_event_loop()
         self._main: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="rollout-worker", daemon=True)
@@ -93,13 +92,8 @@ class RolloutWorkerActor:
             self._loop.run_until_complete(self._main)
 
     def fetch(self, key: int) -> tuple[RolloutGroup, bool]:
-        """A finished group, once, and a flag that it arrived. Whoever calls owns the two objects."""
-        return self._outbox.pop(key), True
-
-    def keep(self, group: RolloutGroup) -> int:
-        """Holds a finished group until it is fetched; returns the key to it."""
-        self._outbox[key := next(self._keys)] = group
-        return key
+        """A finished group, and a flag that it arrived. Whoever calls owns the two objects."""
+        return self.outbox.fetch(key), True
 
 
 async def _serve(actor: RolloutWorkerActor) -> None:
@@ -117,7 +111,8 @@ async def _serve(actor: RolloutWorkerActor) -> None:
 
         async with actor.rewards as score:
             handle = ray.get_runtime_context().current_actor
-            actor.worker = RolloutWorker(actor.settings, client, actor.engine, actor.workflow, score, decode, actor.keep, handle)
+            store = actor.outbox.keep
+            actor.worker = RolloutWorker(actor.settings, client, actor.engine, actor.workflow, score, decode, store, handle)
             await actor.worker.run()
     except Exception as error:  # nobody awaits this thread: the reason must reach the trainer
         logger.exception("%s failed", name)

@@ -31,13 +31,15 @@ class Reinforce(AsyncPPOModule):
         return -gain.sum() / tokens.normalizer, {"surprise": -logprobs.detach()}
 
 
-class Terminated(Reinforce):
-    """Its third step, in the middle, when it is tried for the first time."""
+class Signalled(Reinforce):
+    """Gets the signal in `signal.txt` in the middle of its third step, when it is tried for the first time."""
 
     def policy_loss(self, logprobs, tokens):
-        if self.global_step == 2 and not Path("terminated").exists():
-            Path("terminated").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+        file = Path("signal.txt")
+        if self.global_step == 2 and file.exists():
+            signum = int(file.read_text())
+            file.unlink()
+            os.kill(os.getpid(), signum)
         return super().policy_loss(logprobs, tokens)
 
 
@@ -175,15 +177,19 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_from_last(folder: Path, tin
 
 
 @pytest.mark.slow
-def test_a_step_in_which_sigterm_comes_is_finished_without_ray_strategy_too(folder: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_step_in_which_a_signal_comes_is_finished_without_ray_strategy_too(
+    folder: Path, tiny_model: Path, signum: int, status: int
+) -> None:
     recipe = write_recipe(folder, tiny_model)
     options = yaml.safe_load(recipe.read_text())
     options["data"]["init_args"]["ray_init"] = options["trainer"].pop("strategy")["init_args"]["ray_init"]
-    options["model"]["class_path"] = "mine.Terminated"
+    options["model"]["class_path"] = "mine.Signalled"
     recipe.write_text(yaml.safe_dump(options))
+    (folder / "signal.txt").write_text(str(int(signum)))
     process = start(folder, "fit", "--config", str(recipe))
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == status, output
     assert "Saved the restart checkpoint of global step 3" in output and psutil_mentions(str(folder)) == []
     output = run(folder, "fit", "--config", str(recipe), "--ckpt_path", "last")
     assert re.findall(r"step \d/6 \(global step (\d)\)", output) == list("456")

@@ -323,16 +323,16 @@ def test_stopped_within_a_step_or_validation_saves_nothing(tmp_path: Path, where
     assert newest_checkpoint(tmp_path) is None
 
 
-class Terminated(SmallModule):
-    """Gets SIGTERM in its third step, `times` times."""
+class Signalled(SmallModule):
+    """Gets the signals in its third step."""
 
-    def __init__(self, times: int = 1) -> None:
+    def __init__(self, *signals: int) -> None:
         super().__init__()
-        self.times = times
+        self.signals = signals
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for _ in range(self.times if self.global_step == 2 else 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+        for signum in self.signals if self.global_step == 2 else ():
+            os.kill(os.getpid(), signum)
         super().training_step(batch, batch_idx)
 
 
@@ -348,25 +348,44 @@ def exits_at_once() -> Iterator[Any]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}])
-def test_a_step_in_which_sigterm_comes_is_finished_and_saved(tmp_path: Path, exits_at_once: Any, options: dict[str, Any]):
+def test_a_step_in_which_a_signal_comes_is_finished_and_saved(
+    tmp_path: Path, exits_at_once: Any, options: dict[str, Any], signum: int, status: int
+):
     whole = fit([], n_steps=5)
     torch.manual_seed(0)
-    module = Terminated()
-    with pytest.raises(SIGTERMException):
+    module, interrupts = Signalled(signum), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
         fit([RecoveryCheckpoint(tmp_path, secs=None, steps=100)], module, n_steps=5, **options)
-    assert module.losses == whole.losses[:3]
+    assert exit_.value.code == status and module.losses == whole.losses[:3]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
-    assert signal.getsignal(signal.SIGTERM) is exits_at_once
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (exits_at_once, interrupts)
     resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=5, ckpt_path="last")
     assert resumed.losses == whole.losses[3:]
 
 
-def test_a_second_sigterm_does_not_wait(tmp_path: Path, exits_at_once: Any):
-    module = Terminated(times=2)
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), signal.SIGTERM),
+        ((signal.SIGINT, signal.SIGINT), 1),
+        ((signal.SIGINT, signal.SIGTERM), signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_does_not_wait(tmp_path: Path, exits_at_once: Any, signals: tuple[int, ...], status: int):
+    module = Signalled(*signals)
     with pytest.raises(SystemExit) as exit_:
         fit([RecoveryCheckpoint(tmp_path)], module)
-    assert (exit_.value.code, len(module.losses), newest_checkpoint(tmp_path)) == (signal.SIGTERM, 2, None)
+    assert (exit_.value.code, len(module.losses), newest_checkpoint(tmp_path)) == (status, 2, None)
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path: Path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert len(fit([RecoveryCheckpoint(tmp_path)], Signalled(signal.SIGINT)).losses) == 6
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_between_steps_does_not_wait(tmp_path: Path, exits_at_once: Any):

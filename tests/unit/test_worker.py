@@ -1,5 +1,5 @@
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,7 @@ from rl_lightning.rollout.controller import RolloutController
 from rl_lightning.rollout.controller_client import ControllerClient
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.outbox import Outbox
 from rl_lightning.rollout.share import Share
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, sample_seed
@@ -39,8 +40,9 @@ def update(version):
 
 
 @asynccontextmanager
-async def serving(engine, controller, workflow=None, settings=SETTINGS):
-    worker = RolloutWorker(settings, controller, engine, workflow or SingleTurnWorkflow(), score, FakeTokenizer().decode)
+async def serving(engine, controller, workflow=None, settings=SETTINGS, store=nullcontext):
+    workflow, decode = workflow or SingleTurnWorkflow(), FakeTokenizer().decode
+    worker = RolloutWorker(settings, controller, engine, workflow, score, decode, store)
     task = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -133,6 +135,57 @@ def test_leases_whose_answer_is_lost_are_those_of_the_call_that_is_tried_again()
     batches, losses, statistics = run(scenario())
     assert losses == 0 and statistics["groups_requeued"] == 0
     assert sorted(g.index for batch in batches for g in batch) == list(range(6))
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_put_whose_answer_is_lost_counts_once(under_way, evaluation, caplog):
+    class Fetching(RolloutController):
+        """Fetches groups from the worker's outbox. If `under_way`, the first one arrives when it was fetched again."""
+
+        async def _claim(self, worker, content):
+            group = outbox.fetch(content)
+            if content in fetched:
+                again.set()
+            fetched.append(content)
+            if under_way and len(fetched) == 1:
+                await again.wait()
+            return group
+
+    class Handle:
+        """The network loses the first put's answer, if `under_way` before the controller has it."""
+
+        def __getattr__(self, method):
+            async def remote(*args):
+                answer = asyncio.create_task(getattr(controller, method)(*args))
+                if method == "put" and not puts:
+                    puts.append(answer)
+                    await asyncio.wait([answer], timeout=0 if under_way else None)
+                    raise ActorUnavailableError("connection lost", None)
+                return await answer
+
+            return SimpleNamespace(remote=remote)
+
+    async def scenario():
+        engine = FakeEngine()
+        async with serving(engine, ControllerClient(Handle()), store=outbox.keep) as worker:
+            await publish(controller, worker, 0)
+            if evaluation:
+                share = await controller.take_evaluation(await controller.begin_evaluation([0, 1]), wait_s=10)
+            else:
+                share = await controller.take(0, wait_s=10)
+            while worker._leases:
+                await asyncio.sleep(0.01)
+            await asyncio.wait(puts, timeout=5)
+            return share, await controller.statistics()
+
+    prompts = FakePrompts(size=50)
+    settings = ControllerSettings(StalenessGate(2, 0, 100), group_size=2, params=SamplingParams(max_new_tokens=16))
+    controller = Fetching(PromptSource(prompts, shuffle=False), settings, prompts)
+    outbox, again, fetched, puts = Outbox(), asyncio.Event(), [], []
+    share, statistics = run(scenario())
+    assert sorted(group.index for group in share.contents) == [0, 1] and again.is_set()
+    assert statistics["groups_requeued"] == 0 and "could not be answered" not in caplog.text
 
 
 def test_a_death_with_nothing_in_flight_is_noticed():
