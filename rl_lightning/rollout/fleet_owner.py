@@ -29,7 +29,7 @@ class FleetOwner(LightningDataModule, ABC):
     """Starts a fleet when training begins and ends it with the run.
 
     Where a RayStrategy trains it is a `Companion`: the fleet belongs to the driver and outlives the ranks, so that the next
-    attempt after a failure finds its engines up. With any other strategy the fleet is trainer rank 0's.
+    attempt after a failure finds its engines up. With any other strategy there is one trainer process, which owns the fleet.
 
     Args:
         ray_init: arguments of `ray.init`, for a trainer whose strategy does not bring a Ray cluster.
@@ -63,14 +63,20 @@ class FleetOwner(LightningDataModule, ABC):
     # -- LightningDataModule
 
     def setup(self, stage: str) -> None:
-        """Starts controller and workers on rank 0, unless the driver has; they load while the trainer builds its model."""
+        """Starts controller and workers, unless the driver has; they load while the trainer builds its model.
+
+        Raises:
+            ValueError: several ranks that no RayStrategy started: they are in no Ray cluster.
+        """
         assert self.trainer is not None
         if self.fleet is None:
+            if self.trainer.world_size > 1:
+                raise ValueError(
+                    f"{self.trainer.world_size} trainer ranks with engines need trainer.strategy=ray or ray_model_parallel "
+                    f"(it is {type(self.trainer.strategy).__name__}); or set trainer.devices=1"
+                )
             self.check_run(stage)
-            fleet = self._connect_and_launch(lambda: None) if self.trainer.is_global_zero else None
-            shared = self.trainer.strategy.broadcast(fleet)
-            self.fleet = fleet or shared
-        assert self.fleet is not None
+            self.fleet = self._connect_and_launch(lambda: None)
         self.fleet.restores = self.trainer.is_global_zero
 
     def teardown(self, stage: str) -> None:
