@@ -77,14 +77,21 @@ def test_max_cases_and_settings() -> None:
 
 def test_answers_without_code_are_wrong() -> None:
     assert last_code_block("print(3)") is None and last_code_block("```\nx\n```") == "x\n"
+    assert last_code_block("```cpp\nint x;\n```\nno Python\n```bash\nls\n```") is None
     assert CodeReward()(Prompt("q", "t", (1,), "code", {"input_output": ADD}), "print(3)") == -1.0
+
+
+def test_blocks_in_other_languages_are_no_programs() -> None:
+    example, shell = "```text\n1 2\n```", "```bash\npython add.py\n```"
+    assert last_code_block(f"For\n{example}\nthis works:\n```Python\nprint(3)\n```\nRun it:\n{shell}\nDone.") == "print(3)\n"
 
 
 def test_comparison() -> None:
     assert same_text("a  \nb\n\n", "a\nb") and same_text("0.3000000001", "0.3") and same_text("1 2", ["1", "2"])
     assert not same_text("a", "b") and not same_text("1", "1 1")
+    assert same_text("+7 007", "7 7") and not same_text("1000000008", "1000000007") and not same_text("1" * 400, "2" * 400)
     assert same_value("true", True) and same_value('"x"', "x") and same_value("[[1]]", [[1]]) and same_value("1", "1")
-    assert not same_value("oops", None) and not same_value("1", 2)
+    assert not same_value("oops", None) and not same_value("1", 2) and not same_value("1.5", 10**400)
     assert json.loads(arguments('[1]\n"a"\n')) == [[1], "a"] and arguments([1, 2]) == "[1, 2]"
 
 
