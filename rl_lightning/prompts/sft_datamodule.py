@@ -102,7 +102,7 @@ class SFTDataModule(LightningDataModule):
 class SupervisedLoader:
     """One rank's batches of one epoch, each a strided share of a batch over all ranks.
 
-    A last batch with fewer examples than ranks is filled up from the epoch's start, so that every rank has one.
+    Of a last batch with fewer examples than ranks some get one without any: they take part, and no example counts twice.
 
     Args:
         dataset: the examples.
@@ -126,8 +126,6 @@ class SupervisedLoader:
         for position in range(first, len(self)):
             self._position = position + 1
             chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
-            missing = max(0, self._world_size - len(chosen))
-            chosen = chosen + order[:missing]
             yield self._dataset.batch(chosen[self._rank :: self._world_size])
 
     def state_dict(self) -> dict[str, int]:
