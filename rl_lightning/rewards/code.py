@@ -18,7 +18,13 @@ _FENCED = re.compile(r"```([\w+#.-]*)[ \t]*\n(.*?)```", re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")
 _INTEGER = re.compile(r"[+-]?\d+")
 
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
+
 PREAMBLE = """\
+import json as _json, sys as _sys
+_given, _out, _sys.stdout = _json.loads(_sys.stdin.read()), _sys.stdout, _sys.stderr
+__name__ = "solution"
+_sys.modules[__name__] = _sys.modules["__main__"]
 from typing import *
 from collections import *
 from functools import *
@@ -27,14 +33,12 @@ from heapq import *
 from bisect import *
 import collections, functools, itertools, heapq, bisect, math, random, re, string, sys
 """
+"""Before a program of which a function is called: what it prints does not matter, and what it does as a script is not done."""
 
 CALLER = """
-if __name__ == "__main__":
-    import json as _json, sys as _sys
-    _out, _sys.stdout = _sys.stdout, _sys.stderr
-    _owner = Solution() if "Solution" in globals() else None
-    _fn = getattr(_owner, {name!r}, None) or globals()[{name!r}]
-    _out.write(_json.dumps(_fn(*_json.loads(_sys.stdin.read()))))
+_owner = Solution() if "Solution" in globals() else None
+_fn = getattr(_owner, {name!r}, None) or globals()[{name!r}]
+_out.write(_json.dumps(_fn(*_given)))
 """
 
 
@@ -85,7 +89,7 @@ class CodeReward:
 
     def _passes(self, code: str, cases: dict[str, Any]) -> bool:
         fn_name = cases.get("fn_name")
-        source = code if fn_name is None else PREAMBLE + code + CALLER.format(name=fn_name)
+        source = code if fn_name is None else called(code, fn_name)
         as_input, same = (text_of, same_text) if fn_name is None else (arguments, same_value)
         deadline = time.monotonic() + self.timeout_s
         with Program(source, ProgramLimits(int(self.memory_gb * 2**30))) as program:
@@ -100,6 +104,12 @@ def last_code_block(answer: str) -> str | None:
     """The last complete fenced block of Python, or of no named language; None where there is none."""
     blocks: list[tuple[str, str]] = _FENCED.findall(answer)
     return next((code for language, code in reversed(blocks) if language.lower() in _PYTHON), None)
+
+
+def called(code: str, name: str) -> str:
+    """A program that calls the function `name` of `code` with the arguments on standard input, and prints its result."""
+    first = "".join(_FUTURE.findall(code))  # Python wants these before anything else
+    return first + PREAMBLE + _FUTURE.sub("", code) + CALLER.format(name=name)
 
 
 def arguments(given: Any) -> str:
