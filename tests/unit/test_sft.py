@@ -51,7 +51,7 @@ def load(path: str, folder: str, **options: Any) -> SupervisedJsonl:
 
 def test_loss_is_on_the_answer_and_its_end(tmp_path: Path, folder: str) -> None:
     dataset = load(
-        write_lines(tmp_path / "a.jsonl", [{"prompt": "3+4=", "answer": "7"}, {"prompt": "8+9=", "answer": "17"}]), folder
+        write_lines(tmp_path / "a.jsonl", [{"prompt": "3+4=", "answer": "7"}, {"prompt": "8+9=", "answer": "17<eos>"}]), folder
     )
     batch = dataset.batch([0, 1])
     assert batch.token_ids.tolist() == [5, 12, 6, 13, 9, 1, 10, 12, 11, 13, 3, 9, 1]
