@@ -16,7 +16,7 @@ class GroupRecord:
 
     Attributes:
         n_tokens: prompt and answer tokens of all sequences.
-        n_answer_tokens: generated tokens.
+        n_answer_tokens: tokens of the answers that the policy generated.
         success_rate: share of answers with a positive reward.
         failures: reward failures by kind.
         is_scored: whether the rewards of any of its answers could be computed.
@@ -44,7 +44,7 @@ class GroupRecord:
             _check(answer, group.prompt.query_id)
         return cls(
             n_tokens=group.n_tokens,
-            n_answer_tokens=sum(len(r.completion) for r in answers),
+            n_answer_tokens=sum(int(r.loss_mask.sum()) for r in answers),
             success_rate=sum(r.reward > 0 for r in answers) / len(answers),
             failures=Counter(r.reward_failure for r in answers if r.reward_failure),
             is_scored=not all(r.reward_failure for r in answers),

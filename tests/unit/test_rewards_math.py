@@ -32,6 +32,8 @@ from rl_lightning.types import Prompt
         (r"\boxed{5\text{ cm}}", r"\boxed{5}"),
         (r"\boxed{x=5}", r"\boxed{5}"),
         (r"\boxed{90^\circ}", r"\boxed{90}"),
+        (r"\boxed{18.9}", r"\$18.90"),
+        (r"\boxed{5}", r"$\$5$"),
         (r"\boxed{2^{10}3^{5}}", r"\boxed{248832}"),
         (r"first \boxed{1}, no: \boxed{\frac{6}{8}}", r"\boxed{\dfrac{3}{4}}"),
         (r"\boxed{\left( 1, 2 \right)}", r"\boxed{(1,2)}"),
