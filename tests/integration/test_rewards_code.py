@@ -70,6 +70,18 @@ time.sleep(60)
     assert is_gone(int(note.read_text()))
 
 
+def test_a_program_leaves_no_process_in_a_session_of_its_own(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = f"""
+import subprocess
+child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+open({str(note)!r}, "w").write(str(child.pid))
+print(3)
+"""
+    assert score(code, {"inputs": [""], "outputs": ["3"]}) == 1.0
+    assert is_gone(int(note.read_text()))
+
+
 def test_max_cases_and_settings() -> None:
     assert score("print(3)", ADD, max_cases=1, right=5.0) == 5.0
     with pytest.raises(ValueError, match="max_cases=0"):
