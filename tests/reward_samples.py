@@ -38,6 +38,11 @@ def faulty(prompt: Prompt, answer: str) -> float:
         os.abort()
     if answer == "killed":
         os.kill(os.getpid(), 9)
+    if answer == "fork":
+        child = os.fork()
+        if child == 0:
+            return 9.0
+        os.waitpid(child, 0)
     if answer == "print":
         print("noise on standard output", flush=True)
     return 1.0

@@ -37,7 +37,8 @@ understanding comes so slowly that reinforcement learning adds little in minutes
 
 TEMPLATE = "{question} "
 VALIDATE_EVERY = 20
-SEEDS = {"train": 11, "val": 12}
+SEEDS = {"train": 11, "val": 10**6}
+"""So far apart that no item is in both: reasoning-gym's item i of seed s is item 0 of seed s + i."""
 
 
 class Imitator(SFTModule):
@@ -89,7 +90,7 @@ def write_model(folder: Path, *, cpu: bool) -> Path:
 
 
 def write_examples(folder: Path, n: int) -> tuple[str, str]:
-    """Questions with right answers, `n` to imitate and 512 others; where they are."""
+    """Questions with right answers, `n` to imitate and 512 to validate with; where they are."""
     folder.mkdir()
     for name, size in (("train", n), ("val", 512)):
         dataset = gym_dataset(TASK, SEEDS[name], size, TASK_OPTIONS)

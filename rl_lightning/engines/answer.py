@@ -99,15 +99,20 @@ class Answer:
             finish_reason=self.finish_reason,
         )
 
-    def _tail(self) -> str:
-        """Text of the last tokens, long enough for every stop text. A token is at least one byte."""
+    def _tail(self, without: int = 0) -> str:
+        """Text of the last tokens, long enough for every stop text, but the `without` newest. A token is at least one byte."""
         longest = max(len(text.encode()) for text in self.request.params.stop)
         assert self._decode is not None, "stop texts need a decoder"
-        return self._decode(self.context[len(self.request.prompt_ids) :][-longest - 1 :].tolist())
+        tail = self.context[len(self.request.prompt_ids) :][-longest - 1 :].tolist()
+        return self._decode(tail[: max(0, len(tail) - without)])
 
     def _ends_in_stop_text(self) -> bool:
+        """Whether the newest segment completes one; one that came before `min_new_tokens` may still be in sight."""
         stop = self.request.params.stop
-        return bool(stop) and any(text in self._tail() for text in stop)
+        if not stop:
+            return False
+        tail, before = self._tail(), self._tail(without=len(self._segments[-1].token_ids))
+        return any(tail.count(text) > before.count(text) for text in stop)
 
     def _may_be_inside_stop_text(self) -> bool:
         """Whether the text ends like the beginning of a stop text (or in the middle of a character)."""

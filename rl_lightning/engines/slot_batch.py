@@ -225,7 +225,11 @@ class SlotBatch:
         ends = self._rows.count[rows]
         tails = [self._rows.tokens[row, max(0, end - n) : end] for row, end, n in zip(rows, ends, longest, strict=True)]
         decoded = self._detokenise([tail.tolist() for tail in tails])
-        return [any(text in tail for text in texts) for texts, tail in zip(stops, decoded, strict=True)]
+        found = [any(text in tail for text in texts) for texts, tail in zip(stops, decoded, strict=True)]
+        for i in np.flatnonzero(found):  # a text that came before `min_new_tokens` may still be in sight
+            (before,) = self._detokenise([tails[i][:-1].tolist()])
+            found[i] = any(decoded[i].count(text) > before.count(text) for text in stops[i])
+        return found
 
     def _reply(self, row: int, *, stopped: bool) -> None:
         tokens, logprobs, versions = self._rows.answer(row)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rl_lightning.prompts.tokenizer import encode_texts, render_messages
 from rl_lightning.types import Prompt
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 PROBED = 16
 TRIES = 16
-OTHER_SEED = 10_007
-EXAMPLE_SEED = 1_000_003
 
 
 class GymPrompts:
@@ -28,7 +28,7 @@ class GymPrompts:
     Args:
         task: reasoning-gym's name, such as `chain_sum` or `gsm_symbolic`; statistics show it.
         size: number of prompts of one epoch.
-        seed: a validation set takes another seed than the training set.
+        seed: a validation set takes another seed than the training set, and has other items then.
         options: the task's own settings, such as `min_terms`.
         shots: solved examples before the question, different ones for each item.
         template: text of one question, with `{question}`; the answer follows it.
@@ -86,7 +86,7 @@ class GymPrompts:
         if not 0 <= i < self.size:
             raise IndexError(f"prompt {i} of {self.size}")
         for attempt in range(TRIES):
-            prompt = self._prompt(i, self.seed + attempt * OTHER_SEED)
+            prompt = self._prompt(i, attempt)
             if len(prompt.token_ids) <= self.max_prompt_len:
                 return prompt
         raise ValueError(
@@ -94,11 +94,12 @@ class GymPrompts:
             "raise max_prompt_len, or choose easier options or fewer shots"
         )
 
-    def _prompt(self, i: int, seed: int) -> Prompt:
+    def _prompt(self, i: int, attempt: int) -> Prompt:
         assert self._tokenizer is not None, "setup() comes first"
+        seed = far_seed(self.seed, attempt, 0)
         entry = self._entry(i, seed)
         # Each example has a seed of its own, so that no question is its own example.
-        examples = [self._entry(i, seed + EXAMPLE_SEED + shot) for shot in range(self.shots)]
+        examples = [self._entry(i, far_seed(self.seed, attempt, 1 + shot)) for shot in range(self.shots)]
         text = self._chat_text(entry, examples) if self.chat else self._plain_text(entry, examples)
         return Prompt(
             query_id=f"{self.task}-{seed}-{i}",
@@ -129,6 +130,15 @@ class GymPrompts:
             messages.append({"role": "assistant", "content": str(example["answer"])})
         messages.append({"role": "user", "content": entry["question"]})
         return render_messages(self._tokenizer, messages, self.template_options)
+
+
+def far_seed(seed: int, attempt: int, role: int) -> int:
+    """A seed for reasoning-gym, below 2^31, far from those of all other arguments.
+
+    Item i of its seed s is item 0 of its seed s + i: data sets of seeds 0 and 1 hold the same items but one.
+    """
+    (word,) = np.random.SeedSequence((seed & 0xFFFFFFFF, attempt, role)).generate_state(1, np.uint32)
+    return int(word) >> 1
 
 
 def gym_dataset(task: str, seed: int, size: int, options: Mapping[str, Any]) -> ProceduralDataset:

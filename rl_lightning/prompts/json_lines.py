@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 Row = TypeVar("Row")
 
 SHOWN_PROBLEMS = 5
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadLine(ValueError):
@@ -53,16 +56,34 @@ def decode_object(line: bytes) -> dict[str, Any]:
         BadLine: it is none.
     """
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadLine(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not valid JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise BadLine("not usable JSON (nested too deeply)") from error
+    fields = decode_json(text)
     if not isinstance(fields, dict):
         raise BadLine(f"a {type(fields).__name__} where a JSON object was expected")
     return fields
+
+
+def decode_json(text: str) -> Any:
+    """What `text` says in JSON.
+
+    Raises:
+        BadLine: it is none, or holds something that neither tokenizers nor files can take.
+    """
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise BadLine(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeEncodeError as error:
+        raise BadLine("not usable JSON (half of a surrogate pair, which is no character)") from error
+    except ValueError as error:  # of int()
+        raise BadLine("not usable JSON (a number of thousands of digits; write it as a string)") from error
+    except RecursionError as error:
+        raise BadLine("not usable JSON (nested too deeply)") from error
+    return value
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:

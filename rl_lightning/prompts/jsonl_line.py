@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from rl_lightning.prompts.json_lines import BadLine, decode_object, shortened, text_field
+from rl_lightning.prompts.json_lines import BadLine, decode_json, decode_object, shortened, text_field
 
 TASKS = ("math", "code", "stem")
 
@@ -72,9 +71,9 @@ def _input_output(fields: dict[str, Any]) -> dict[str, Any]:
         raise BadLine("missing field 'input_output', which task code needs")
     if isinstance(cases, str):
         try:
-            cases = json.loads(cases)
-        except json.JSONDecodeError as error:
-            raise BadLine(f"field 'input_output' is not valid JSON ({error.msg} at column {error.colno})") from error
+            cases = decode_json(cases)
+        except BadLine as error:
+            raise BadLine(f"field 'input_output' is {error}") from error
     if not isinstance(cases, dict):
         raise BadLine(f"field 'input_output' must be an object, not {shortened(cases)}")
     inputs, outputs = cases.get("inputs"), cases.get("outputs")

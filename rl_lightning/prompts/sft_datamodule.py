@@ -79,8 +79,12 @@ class SFTDataModule(LightningDataModule):
         """This rank's batches of one epoch."""
         assert self.trainer is not None
         trainer = self.trainer
-        order = (lambda: self.seed + trainer.current_epoch) if self.shuffle else None
-        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), order)
+        seed = (lambda: self.seed + trainer.current_epoch) if self.shuffle else None
+
+        def done() -> int:
+            return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), seed, done)
 
     def val_dataloader(self) -> SupervisedLoader | list[Batch]:
         """This rank's share of the validation examples; nothing where there are none."""
@@ -102,41 +106,44 @@ class SFTDataModule(LightningDataModule):
 class SupervisedLoader:
     """One rank's batches of one epoch, each a strided share of a batch over all ranks.
 
-    A last batch with fewer examples than ranks is filled up from the epoch's start, so that every rank has one.
+    Of a last batch with fewer examples than ranks some get one without any: they take part, and no example counts twice.
 
     Args:
         dataset: the examples.
         batch_size: over all ranks.
         rank, world_size: of data parallelism.
         seed: of the present epoch's order, asked when an epoch begins; None keeps the file's order.
+        done: batches of the present epoch that an earlier run trained on, asked likewise. Not a state of the loader: where the
+            optimiser asks how many steps there are, Lightning makes the loader before it reads a checkpoint, and gives it none.
     """
 
     def __init__(
-        self, dataset: SupervisedJsonl, batch_size: int, rank: int, world_size: int, seed: Callable[[], int] | None
+        self,
+        dataset: SupervisedJsonl,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: Callable[[], int] | None,
+        done: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._dataset, self._batch_size, self._rank, self._world_size, self._seed = dataset, batch_size, rank, world_size, seed
-        self._position = self._start = 0
+        self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
+        self._seed, self._done = seed, done
 
     def __len__(self) -> int:
         return math.ceil(len(self._dataset) / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order()
-        first, self._start = self._start % len(self), 0
-        for position in range(first, len(self)):
-            self._position = position + 1
+        for position in range(self._done() % len(self), len(self)):
             chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
-            missing = max(0, self._world_size - len(chosen))
-            chosen = chosen + order[:missing]
             yield self._dataset.batch(chosen[self._rank :: self._world_size])
 
-    def state_dict(self) -> dict[str, int]:
-        """Batches given in this epoch."""
-        return {"position": self._position}
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: `done` knows."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch iterated starts there."""
-        self._start = state["position"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore. With this method Lightning knows that the epoch can be gone on with."""
 
     def _order(self) -> list[int]:
         if self._seed is None:

@@ -54,6 +54,6 @@ class PromptSource:
 @lru_cache(maxsize=4)
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """(size,) int64: the order of the items in `epoch`. Two epochs may be open at once, hence the small cache."""
-    order = np.random.default_rng([seed, epoch]).permutation(size)
+    order = np.random.default_rng([seed & (2**64 - 1), epoch]).permutation(size)  # numpy takes no negative seed
     order.setflags(write=False)
     return order

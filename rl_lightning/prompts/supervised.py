@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 class SupervisedJsonl:
     """A JSONL file whose lines hold `prompt` (str, the final text) and `answer` (str, what should follow it).
 
+    An end-of-sequence token is added to answers that do not end in one.
+
     Args:
         path: the file.
         max_seq_len: most tokens of prompt and answer together; longer examples are dropped, counted and reported.
@@ -59,7 +61,8 @@ class SupervisedJsonl:
         prompts = encode_texts(tokenizer, [prompt for prompt, _ in rows])
         answers = tokenizer([answer for _, answer in rows], add_special_tokens=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        pairs = [(list(prompt), [*answer, *end]) for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = [answer if answer[-1:] == end else [*answer, *end] for answer in answers]
+        pairs = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
         self._examples = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= self.max_seq_len]
         self.counts["too_long"] = len(pairs) - len(self._examples)
         if not self._examples:

@@ -151,8 +151,11 @@ def _limit_memory(extra_bytes: int) -> None:
 
 def _serve(channel: socket.socket, rewards: list[Callable[[Prompt, str], float]], job: Job) -> bool:
     """Answers all cells. False after a memory failure: what is left of this process is not to be trusted."""
+    process = os.getpid()
     for answer, reward in job.cells:
         result = _score(rewards[reward], job.prompt, job.answers[answer])
+        if os.getpid() != process:
+            os._exit(1)  # a fork that the reward made and did not end: its word would be taken for the next cell's
         send(channel, result)
         if result.failure == "memory":
             return False

@@ -14,9 +14,17 @@ from rl_lightning.types import Prompt
 
 TOLERANCE = 1e-6
 
-_FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```([\w+#.-]*)[ \t]*\n(.*?)```", re.DOTALL)
+_PYTHON = ("", "python", "python3", "py")
+_INTEGER = re.compile(r"[+-]?\d+")
+
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 
 PREAMBLE = """\
+import json as _json, sys as _sys
+_given, _out, _sys.stdout = _json.loads(_sys.stdin.read()), _sys.stdout, _sys.stderr
+__name__ = "solution"
+_sys.modules[__name__] = _sys.modules["__main__"]
 from typing import *
 from collections import *
 from functools import *
@@ -25,19 +33,17 @@ from heapq import *
 from bisect import *
 import collections, functools, itertools, heapq, bisect, math, random, re, string, sys
 """
+"""Before a program of which a function is called: what it prints does not matter, and what it does as a script is not done."""
 
 CALLER = """
-if __name__ == "__main__":
-    import json as _json, sys as _sys
-    _out, _sys.stdout = _sys.stdout, _sys.stderr
-    _owner = Solution() if "Solution" in globals() else None
-    _fn = getattr(_owner, {name!r}, None) or globals()[{name!r}]
-    _out.write(_json.dumps(_fn(*_json.loads(_sys.stdin.read()))))
+_owner = Solution() if "Solution" in globals() else None
+_fn = getattr(_owner, {name!r}, None) or globals()[{name!r}]
+_out.write(_json.dumps(_fn(*_given)))
 """
 
 
 class CodeReward:
-    """`right` where the last fenced code block of the answer passes all cases of the prompt's `input_output`, else `wrong`.
+    """`right` where the last fenced block of Python in the answer passes all cases of the prompt's `input_output`, else `wrong`.
 
     `input_output` holds `inputs` and `outputs`: texts on standard input and output, or, with `fn_name`, arguments and
     result of that function (top level, or a method of `Solution`).  Each case runs in a process of its own under limits
@@ -83,7 +89,7 @@ class CodeReward:
 
     def _passes(self, code: str, cases: dict[str, Any]) -> bool:
         fn_name = cases.get("fn_name")
-        source = code if fn_name is None else PREAMBLE + code + CALLER.format(name=fn_name)
+        source = code if fn_name is None else called(code, fn_name)
         as_input, same = (text_of, same_text) if fn_name is None else (arguments, same_value)
         deadline = time.monotonic() + self.timeout_s
         with Program(source, ProgramLimits(int(self.memory_gb * 2**30))) as program:
@@ -95,9 +101,15 @@ class CodeReward:
 
 
 def last_code_block(answer: str) -> str | None:
-    """The last complete fenced block; None where there is none."""
-    blocks: list[str] = _FENCED.findall(answer)
-    return blocks[-1] if blocks else None
+    """The last complete fenced block of Python, or of no named language; None where there is none."""
+    blocks: list[tuple[str, str]] = _FENCED.findall(answer)
+    return next((code for language, code in reversed(blocks) if language.lower() in _PYTHON), None)
+
+
+def called(code: str, name: str) -> str:
+    """A program that calls the function `name` of `code` with the arguments on standard input, and prints its result."""
+    first = "".join(_FUTURE.findall(code))  # Python wants these before anything else
+    return first + PREAMBLE + _FUTURE.sub("", code) + CALLER.format(name=name)
 
 
 def arguments(given: Any) -> str:
@@ -115,7 +127,7 @@ def text_of(value: Any) -> str:
 
 
 def same_text(output: str, expected: Any) -> bool:
-    """Equal line by line but for spaces at the ends of lines, or else word by word with numbers to 1e-6."""
+    """Equal line by line but for spaces at the ends of lines, or else word by word with numbers to 1e-6, integers exactly."""
     lines, wanted = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (output, text_of(expected)))
     if lines == wanted:
         return True
@@ -127,8 +139,17 @@ def _same_word(word: str, wanted: str) -> bool:
     if word == wanted:
         return True
     try:
-        return math.isclose(float(word), float(wanted), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        if _INTEGER.fullmatch(word) and _INTEGER.fullmatch(wanted):
+            return int(word) == int(wanted)
+        return _close(float(word), float(wanted))
     except ValueError:
+        return False
+
+
+def _close(value: float, wanted: float) -> bool:
+    try:
+        return math.isclose(value, wanted, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    except OverflowError:  # an integer beyond all floats
         return False
 
 
@@ -147,7 +168,7 @@ def same_value(output: str, expected: Any) -> bool:
 
 def _alike(value: Any, wanted: Any) -> bool:
     if isinstance(value, float) and isinstance(wanted, int | float):
-        return math.isclose(value, wanted, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        return _close(value, wanted)
     if isinstance(value, list) and isinstance(wanted, list):
         return len(value) == len(wanted) and all(map(_alike, value, wanted))
     return bool(value == wanted)

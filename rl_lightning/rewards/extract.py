@@ -6,6 +6,7 @@ import re
 
 _BOXED = re.compile(r"\\f?boxed\s*")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_END = "</answer>"
 
 
 def first_line(text: str) -> str:
@@ -15,29 +16,32 @@ def first_line(text: str) -> str:
 
 def tagged(text: str) -> str | None:
     """What the last `<answer>...</answer>` holds, stripped; None where there is none."""
-    found = _TAGGED.findall(text)
+    found = _TAGGED.findall(text[: text.rfind(_END) + len(_END)])  # whatever opens later is not searched for its end
     return found[-1].strip() if found else None
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete `\boxed{...}` (or `\boxed x`) holds; None where there is none."""
+    end = len(text)
     for match in reversed(list(_BOXED.finditer(text))):
-        inside = _braced(text, match.end())
+        inside = _braced(text, match.end(), end)
         if inside is not None:
             return inside.strip()
+        if text.startswith("{", match.end()):
+            end = match.end()  # what stays open keeps open whatever holds it
     return None
 
 
-def _braced(text: str, start: int) -> str | None:
-    """The group at `start`: between its braces, nested ones included, or else up to the next space or dollar."""
+def _braced(text: str, start: int, end: int) -> str | None:
+    """The group at `start`: between its braces, nested ones included, closed before `end`; or up to the next space or dollar."""
     if start >= len(text):
         return None
     if text[start] != "{":
         return re.split(r"[\s$]", text[start:], maxsplit=1)[0] or None
     depth = 0
-    for end in range(start, len(text)):
-        if text[end] in "{}" and text[end - 1] != "\\":
-            depth += 1 if text[end] == "{" else -1
+    for i in range(start, end):
+        if text[i] in "{}" and text[i - 1] != "\\":
+            depth += 1 if text[i] == "{" else -1
             if depth == 0:
-                return text[start + 1 : end]
+                return text[start + 1 : i]
     return None

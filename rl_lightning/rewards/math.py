@@ -139,7 +139,7 @@ def _verified(gold: str, given: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _parsed_gold(gold: str, limit: int | None) -> list[Any]:
-    return _parsed(gold if "$" in gold else rf"\boxed{{{gold}}}", limit)
+    return _parsed(gold if "$" in gold.replace(r"\$", "") else rf"\boxed{{{gold}}}", limit)
 
 
 def _parsed(text: str, limit: int | None) -> list[Any]:

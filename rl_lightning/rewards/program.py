@@ -37,7 +37,7 @@ class ProgramLimits:
 
 
 class Program:
-    """A program on disk, to be run several times; the context removes its folder.
+    """A program on disk, to be run several times; the context removes its folder and ends what the program left running.
 
     Args:
         source: Python source.
@@ -54,6 +54,7 @@ class Program:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        _kill_those_at_home_in(self._folder.name)
         self._folder.cleanup()
 
     def run(self, text: str, timeout_s: float) -> str | None:
@@ -86,6 +87,15 @@ def _finished(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(REAP_TIMEOUT_S)
+
+
+def _kill_those_at_home_in(folder: str) -> None:
+    """Ends processes that left the program's group for a session of their own: they still have its environment."""
+    mark = f"HOME={folder}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if mark in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _confine(limits: ProgramLimits, timeout_s: float) -> Callable[[], None]:

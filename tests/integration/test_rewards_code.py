@@ -28,6 +28,9 @@ def score(code: str, cases: dict[str, Any], **settings: Any) -> float:
         ("a, b = map(int, input().split())\nprint(a + b)", ADD),
         ("def main():\n    print(sum(map(float, input().split())))\nif __name__ == '__main__':\n    main()", ADD),
         ("def order(xs):\n    print('noise')\n    return sorted(xs)", SORTED),
+        ("def order(xs):\n    return sorted(xs)\n\nprint('For example', order([3, 1]))", SORTED),
+        ("def order(xs):\n    return sorted(xs)\n\nif __name__ == '__main__':\n    print(order(eval(input())))", SORTED),
+        ("from __future__ import annotations\n\ndef order(xs: list[int]) -> list[int]:\n    return sorted(xs)", SORTED),
         ("class Solution:\n    def order(self, xs: List[int]) -> List[int]:\n        return sorted(xs)", SORTED),
         ("def order(xs):\n    return [x + 1e-9 for x in sorted(xs)]", {**SORTED, "outputs": [[[1, 2, 3]], [1, 2]]}),
     ],
@@ -67,6 +70,18 @@ time.sleep(60)
     assert is_gone(int(note.read_text()))
 
 
+def test_a_program_leaves_no_process_in_a_session_of_its_own(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = f"""
+import subprocess
+child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+open({str(note)!r}, "w").write(str(child.pid))
+print(3)
+"""
+    assert score(code, {"inputs": [""], "outputs": ["3"]}) == 1.0
+    assert is_gone(int(note.read_text()))
+
+
 def test_max_cases_and_settings() -> None:
     assert score("print(3)", ADD, max_cases=1, right=5.0) == 5.0
     with pytest.raises(ValueError, match="max_cases=0"):
@@ -77,14 +92,21 @@ def test_max_cases_and_settings() -> None:
 
 def test_answers_without_code_are_wrong() -> None:
     assert last_code_block("print(3)") is None and last_code_block("```\nx\n```") == "x\n"
+    assert last_code_block("```cpp\nint x;\n```\nno Python\n```bash\nls\n```") is None
     assert CodeReward()(Prompt("q", "t", (1,), "code", {"input_output": ADD}), "print(3)") == -1.0
+
+
+def test_blocks_in_other_languages_are_no_programs() -> None:
+    example, shell = "```text\n1 2\n```", "```bash\npython add.py\n```"
+    assert last_code_block(f"For\n{example}\nthis works:\n```Python\nprint(3)\n```\nRun it:\n{shell}\nDone.") == "print(3)\n"
 
 
 def test_comparison() -> None:
     assert same_text("a  \nb\n\n", "a\nb") and same_text("0.3000000001", "0.3") and same_text("1 2", ["1", "2"])
     assert not same_text("a", "b") and not same_text("1", "1 1")
+    assert same_text("+7 007", "7 7") and not same_text("1000000008", "1000000007") and not same_text("1" * 400, "2" * 400)
     assert same_value("true", True) and same_value('"x"', "x") and same_value("[[1]]", [[1]]) and same_value("1", "1")
-    assert not same_value("oops", None) and not same_value("1", 2)
+    assert not same_value("oops", None) and not same_value("1", 2) and not same_value("1.5", 10**400)
     assert json.loads(arguments('[1]\n"a"\n')) == [[1], "a"] and arguments([1, 2]) == "[1, 2]"
 
 

@@ -77,6 +77,14 @@ def test_what_a_reward_prints_does_not_disturb() -> None:
     with_pool(pool_of(reward_samples.faulty), scenario)
 
 
+def test_a_fork_that_comes_back_has_no_say() -> None:
+    async def scenario(pool: RewardPool) -> None:
+        scores = await pool.score_many(PROMPT, ["fork", "raise", "fine"])
+        assert [(s.total, s.failure) for s in scores] == [(1.0, None), (0.0, "error"), (1.0, None)]
+
+    with_pool(pool_of(reward_samples.faulty), scenario)
+
+
 @pytest.mark.parametrize(
     ("reward", "failure"), [(reward_samples.spawns_and_hangs, "timeout"), (reward_samples.spawns_and_dies, "error")]
 )

@@ -33,6 +33,14 @@ def test_items_are_pure_and_the_verifier_knows_them() -> None:
     assert GymReward("boxed")(prompt, rf"\boxed{{{answer}}}") == 1.0
 
 
+def test_another_seed_has_other_items_and_every_example_is_another_one() -> None:
+    options = {"min_digits": 4, "max_digits": 5}
+    training, validation = (ready("chain_sum", size=60, seed=seed, options=options) for seed in (0, 1))
+    assert not {p.text for p in training} & {p.text for p in validation}
+    shots = [text for p in ready("chain_sum", size=30, shots=2, options=options) for text in p.text.split("\n\n")[:-1]]
+    assert len(set(shots)) == len(shots) == 60
+
+
 def test_examples_and_chat() -> None:
     prompts = ready("chain_sum", size=5, shots=2)
     assert prompts[0].text.count("Question: ") == 3

@@ -53,6 +53,9 @@ def test_task_is_math_unless_named_and_number_ids_become_text(tmp_path: Path) ->
 
 BAD_LINES = [
     ("{", "not valid JSON"),
+    (json.dumps(MATH)[:-1] + ', "level": ' + "7" * 5000 + "}", "thousands of digits"),
+    ({**MATH, "prompt": "a\ud800b"}, "half of a surrogate pair"),
+    ({**CODE, "input_output": '{"inputs": ["\\ud800"], "outputs": ["1"]}'}, "'input_output' is not usable JSON (half"),
     ("[1]", "a list where a JSON object was expected"),
     (b'{"query_id": "\xff"}', "not UTF-8"),
     (without(MATH, "query_id"), "missing field 'query_id'"),
@@ -82,6 +85,10 @@ def test_a_bad_line_is_named_or_dropped_and_counted(
     prompts = load(path, allow_bad_lines=True)
     assert len(prompts) == 2 and prompts.counts["bad_lines"] == 1
     assert f"{path}:2: " in caplog.text and "dropped 1 bad line(s) of 3" in caplog.text
+
+
+def test_characters_beyond_the_first_plane_are_read(tmp_path: Path) -> None:
+    assert load(write(tmp_path, {**MATH, "prompt": "\U0001f600"}))[0].text == "\U0001f600"
 
 
 def test_many_bad_lines_make_one_short_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rl_lightning.rewards.exact import ExactMatchReward
 from rl_lightning.testing import FakePrompts, FakeTokenizer
 
 
-@given(size=st.integers(1, 40), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000), shuffle=st.booleans())
+@given(size=st.integers(1, 40), seed=st.integers(-(2**31), 2**31), epoch=st.integers(0, 1000), shuffle=st.booleans())
 def test_every_epoch_holds_every_prompt_once(size: int, seed: int, epoch: int, shuffle: bool) -> None:
     source = PromptSource(FakePrompts(size), seed, shuffle)
     located = [source.locate(epoch * size + offset) for offset in range(size)]

@@ -32,6 +32,8 @@ from rl_lightning.types import Prompt
         (r"\boxed{5\text{ cm}}", r"\boxed{5}"),
         (r"\boxed{x=5}", r"\boxed{5}"),
         (r"\boxed{90^\circ}", r"\boxed{90}"),
+        (r"\boxed{18.9}", r"\$18.90"),
+        (r"\boxed{5}", r"$\$5$"),
         (r"\boxed{2^{10}3^{5}}", r"\boxed{248832}"),
         (r"first \boxed{1}, no: \boxed{\frac{6}{8}}", r"\boxed{\dfrac{3}{4}}"),
         (r"\boxed{\left( 1, 2 \right)}", r"\boxed{(1,2)}"),
@@ -125,3 +127,11 @@ def test_extraction() -> None:
     assert last_boxed(r"so $\boxed 7$") == "7" and last_boxed("none") is None
     assert tagged("<answer>a</answer><answer> b\n</answer>") == "b" and tagged("a") is None
     assert first_line("\n  x \ny") == "x" and first_line(" ") == ""
+    assert last_boxed(r"\boxed{a \boxed$ b}") == r"a \boxed$ b" and last_boxed(r"\boxed{1} \boxed{\boxed{2") == "1"
+
+
+@pytest.mark.parametrize("opened", [r"\boxed{", "<answer>", r"\boxed{<answer>"])
+def test_an_answer_that_opens_without_end_is_read_in_no_time(opened: str) -> None:
+    began = time.process_time()
+    assert last_boxed(opened * 10000) is None and tagged(opened * 10000) is None
+    assert time.process_time() - began < 1

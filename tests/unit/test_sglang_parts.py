@@ -73,6 +73,15 @@ def test_a_stop_before_the_minimum_does_not_end_the_answer() -> None:
     assert answer.finish_reason == "stop" and answer.context.tolist() == [1, 2, *map(ord, "abcd")]
 
 
+def test_a_stop_text_before_the_minimum_does_not_end_the_answer_later() -> None:
+    answer = make_answer(stop=("END", "\n"), least=4)
+    add(answer, "END", "stop", 0, 10)
+    add(answer, "x", "interrupt", 0, 7)
+    assert answer.finish_reason is None
+    add(answer, "\n", "interrupt", 0, 6)
+    assert answer.finish_reason == "stop" and len(answer.completion()) == 5
+
+
 def test_a_stop_text_across_segments_is_found_token_by_token() -> None:
     answer = make_answer(stop=("END",))
     add(answer, "xE", "interrupt", 0, 10)

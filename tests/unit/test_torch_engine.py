@@ -357,6 +357,26 @@ def test_stop_texts(tiny: Path) -> None:
     assert run(scenario()) > 2
 
 
+def test_a_stop_text_before_the_minimum_does_not_end_the_answer_later(tiny: Path) -> None:
+    tokenizer = character_tokenizer()
+    asked = requests(12, SamplingParams(max_new_tokens=20, min_new_tokens=20))
+
+    async def scenario() -> int:
+        tried = 0
+        async with started(tiny) as engine:
+            for request, whole in zip(asked, await answers(engine, asked), strict=True):
+                ids = whole.token_ids.tolist()
+                if ids[5] < 3 or ids[5] in ids[6:]:
+                    continue
+                params = SamplingParams(max_new_tokens=20, min_new_tokens=7, stop=(tokenizer.decode(ids[5]),))
+                answer = await engine.generate(GenerationRequest("s", request.prompt_ids, params, request.seed))
+                assert len(answer) > 7
+                tried += 1
+        return tried
+
+    assert run(scenario()) > 2
+
+
 def test_stop_texts_without_a_tokenizer_are_refused(other_families: dict[str, Path]) -> None:
     async def scenario() -> None:
         async with started(other_families["llama"]) as engine:

@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,13 @@ from rl_lightning.rollout.controller import RolloutController
 from rl_lightning.rollout.controller_client import ControllerClient
 from rl_lightning.rollout.controller_settings import ControllerSettings
 from rl_lightning.rollout.errors import RolloutError
+from rl_lightning.rollout.group_record import GroupRecord
 from rl_lightning.rollout.outbox import Outbox
 from rl_lightning.rollout.share import Share
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.rollout.workflow import SingleTurnWorkflow, sample_seed
 from rl_lightning.testing import FakeEngine, FakePrompts, FakeTokenizer, fake_completion
-from rl_lightning.types import SamplingParams
+from rl_lightning.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from rl_lightning.weights.transport import WeightUpdate
 
 SETTINGS = WorkerSettings("a", "model", room=4, max_engine_restarts=2, heartbeat_s=0.02)
@@ -309,6 +311,22 @@ def test_a_group_with_an_empty_answer_costs_its_prompt_and_not_the_run():
     batches, statistics = run(scenario())
     assert [collate(batch).n_seqs for batch in batches] == [4, 4, 4]
     assert statistics["groups_abandoned"] == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"loss_mask": np.ones(3, bool)}, "3 loss_mask for the 2 tokens"),
+        ({"completion": replace(fake_completion([1, 2]), logprobs=np.zeros(1, np.float32))}, "1 logprobs for the 2 tokens"),
+        ({"reward": float("nan")}, "the reward nan"),
+    ],
+)
+def test_a_group_that_would_spoil_its_batch_is_refused(broken, reason):
+    right = Rollout(fake_completion([1, 2]), "ab", 1.0, {}, np.array([True, False]))
+    group = RolloutGroup(0, Prompt("q7", "t", (1,)), (right, right))
+    assert GroupRecord.of(group, passes_filter=True).n_answer_tokens == 2
+    with pytest.raises(ValueError, match=f"{reason}.*'q7'"):
+        GroupRecord.of(replace(group, rollouts=(right, replace(right, **broken))), passes_filter=True)
 
 
 def test_wrong_weights_are_the_callers_to_handle():
