@@ -31,17 +31,18 @@ class GroupRecord:
     passes_filter: bool = True
 
     @classmethod
-    def of(cls, group: RolloutGroup, *, passes_filter: bool) -> GroupRecord:
+    def of(cls, group: RolloutGroup, *, group_size: int, passes_filter: bool) -> GroupRecord:
         """The record of `group`.
 
         Raises:
-            ValueError: it cannot be trained on, because the workflow gave no answer, or an empty or contradictory one.
+            ValueError: it cannot be trained on, because the workflow gave another number of answers than `group_size`, or an empty
+                or contradictory one.
         """
-        answers = group.rollouts
-        if not all(len(r.completion) for r in answers) or not answers:
-            raise ValueError(f"the workflow gave no answer, or one without tokens, to prompt {group.prompt.query_id!r}")
+        answers, query_id = group.rollouts, group.prompt.query_id
+        if len(answers) != group_size:
+            raise ValueError(f"the workflow gave {len(answers)} answers instead of {group_size} to prompt {query_id!r}")
         for answer in answers:
-            _check(answer, group.prompt.query_id)
+            _check(answer, query_id)
         return cls(
             n_tokens=group.n_tokens,
             n_answer_tokens=sum(int(r.loss_mask.sum()) for r in answers),
@@ -55,6 +56,8 @@ class GroupRecord:
 def _check(answer: Rollout, query_id: str) -> None:
     """Arrays of other lengths would shift those of the answers after it in the batch, and with them what is trained on."""
     completion = answer.completion
+    if not len(completion):
+        raise ValueError(f"the workflow gave an answer without tokens to prompt {query_id!r}")
     beside = {"logprobs": completion.logprobs, "versions": completion.versions, "loss_mask": answer.loss_mask}
     for name, values in beside.items():
         if len(values) != len(completion):

@@ -192,7 +192,8 @@ class RolloutWorker:
         try:
             group = await self._workflow.run(lease, self.engine, self._score, self._decode)
             group = RolloutGroup(group.index, group.prompt, group.rollouts, self.settings.name, time.monotonic() - started_s)
-            record = GroupRecord.of(group, passes_filter=lease.evaluation or passes(self.settings.group_filter, group))
+            wanted = lease.evaluation or passes(self.settings.group_filter, group)
+            record = GroupRecord.of(group, group_size=lease.group_size, passes_filter=wanted)
             with self._store(group) as content:
                 await self.controller.put(self.settings.name, lease, record, content)
         except EngineError as error:

@@ -324,9 +324,11 @@ def test_a_group_with_an_empty_answer_costs_its_prompt_and_not_the_run():
 def test_a_group_that_would_spoil_its_batch_is_refused(broken, reason):
     right = Rollout(fake_completion([1, 2]), "ab", 1.0, {}, np.array([True, False]))
     group = RolloutGroup(0, Prompt("q7", "t", (1,)), (right, right))
-    assert GroupRecord.of(group, passes_filter=True).n_answer_tokens == 2
+    assert GroupRecord.of(group, group_size=2, passes_filter=True).n_answer_tokens == 2
     with pytest.raises(ValueError, match=f"{reason}.*'q7'"):
-        GroupRecord.of(replace(group, rollouts=(right, replace(right, **broken))), passes_filter=True)
+        GroupRecord.of(replace(group, rollouts=(right, replace(right, **broken))), group_size=2, passes_filter=True)
+    with pytest.raises(ValueError, match="2 answers instead of 3 to prompt 'q7'"):
+        GroupRecord.of(group, group_size=3, passes_filter=True)
 
 
 def test_wrong_weights_are_the_callers_to_handle():
