@@ -80,7 +80,8 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         trainer = self.trainer
         order = (lambda: self.seed + trainer.current_epoch) if self.shuffle else None
-        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), order)
+        # not what was given: a batch that was fetched as the run was asked to stop is trained on after the restart
+        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), order, lambda: trainer.fit_loop.batch_idx + 1)
 
     def val_dataloader(self) -> SupervisedLoader | list[Batch]:
         """This rank's share of the validation examples; nothing where there are none."""
@@ -109,34 +110,38 @@ class SupervisedLoader:
         batch_size: over all ranks.
         rank, world_size: of data parallelism.
         seed: of the present epoch's order, asked when an epoch begins; None keeps the file's order.
+        done: batches of the present epoch that an earlier part of the run trained on, asked when it begins.
     """
 
     def __init__(
-        self, dataset: SupervisedJsonl, batch_size: int, rank: int, world_size: int, seed: Callable[[], int] | None
+        self,
+        dataset: SupervisedJsonl,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: Callable[[], int] | None,
+        done: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._dataset, self._batch_size, self._rank, self._world_size, self._seed = dataset, batch_size, rank, world_size, seed
-        self._position = self._start = 0
+        self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
+        self._seed, self._done = seed, done
 
     def __len__(self) -> int:
         return math.ceil(len(self._dataset) / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order()
-        first, self._start = self._start % len(self), 0
-        for position in range(first, len(self)):
-            self._position = position + 1
+        for position in range(self._done(), len(self)):
             chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
             missing = max(0, self._world_size - len(chosen))
             chosen = chosen + order[:missing]
             yield self._dataset.batch(chosen[self._rank :: self._world_size])
 
     def state_dict(self) -> dict[str, int]:
-        """Batches given in this epoch."""
-        return {"position": self._position}
+        """Nothing to keep: Lightning knows how many batches of an epoch are done."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch iterated starts there."""
-        self._start = state["position"]
+        """Nothing to restore."""
 
     def _order(self) -> list[int]:
         if self._seed is None:

@@ -113,16 +113,12 @@ def test_batches_deal_every_example_once_over_ranks_and_epochs_differ(tmp_path: 
     assert epochs[0] != epochs[1]
 
 
-def test_a_restored_loader_goes_on_in_the_epoch(tmp_path: Path, folder: str) -> None:
+def test_a_loader_goes_on_in_the_epoch(tmp_path: Path, folder: str) -> None:
     dataset = load(write_lines(tmp_path / "a.jsonl", EXAMPLES), folder)
     straight = list(SupervisedLoader(dataset, 8, 0, 1, lambda: 3))
-    loader = SupervisedLoader(dataset, 8, 0, 1, lambda: 3)
-    batches = iter(loader)
-    next(batches), next(batches)
-    resumed = SupervisedLoader(dataset, 8, 0, 1, lambda: 3)
-    resumed.load_state_dict(loader.state_dict())
+    resumed = SupervisedLoader(dataset, 8, 0, 1, lambda: 3, done=lambda: 2)
     assert [b.group_ids.tolist() for b in resumed] == [b.group_ids.tolist() for b in straight[2:]]
-    assert len(list(resumed)) == 4
+    assert len(resumed) == 4
 
 
 @pytest.mark.parametrize(
