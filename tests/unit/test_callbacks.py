@@ -206,6 +206,23 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path):
     assert steps == [1, 1, 2, 3, 3, 4, 4] and "answer" in path.read_text().splitlines()[3]
 
 
+@pytest.mark.parametrize("torn", ['{"step": 4, "answer": "\u2713'.encode()[:-1], b"\0" * 9 + b"\n", b'{"step": 3, "ans\n'])
+def test_a_line_that_a_crash_tore_does_not_end_the_next_run(tmp_path: Path, torn: bytes):
+    path = tmp_path / "rank0.jsonl"
+    path.write_bytes(b"".join(json.dumps({"step": step}).encode() + b"\n" for step in (1, 2)) + torn)
+    fit([RecoveryCheckpoint(tmp_path, steps=2)], n_steps=2, max_epochs=1)
+    fit([RolloutLog(tmp_path)], n_steps=2, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4, 4]
+
+
+def test_a_run_on_fewer_ranks_drops_later_steps_from_the_files_of_all(tmp_path: Path):
+    for rank in range(3):
+        (tmp_path / f"rank{rank}.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    fit([RecoveryCheckpoint(tmp_path, steps=2)], n_steps=2, max_epochs=1)
+    fit([RolloutLog(tmp_path)], n_steps=2, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [json.loads(line)["step"] for line in (tmp_path / "rank2.jsonl").read_text().splitlines()] == [1, 2]
+
+
 def test_samples_and_histograms_reach_tensorboard(tmp_path: Path):
     fit(
         [RolloutLog(tmp_path, sample_every_n_steps=2, n_samples=1)],
