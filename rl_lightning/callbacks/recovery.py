@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+from rl_lightning.callbacks.frequency import Frequency, ends_epoch, is_due
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when due, when the run was asked to stop, and after the last step."""
-        due = self.frequency.step(ends_epoch=ends_epoch(trainer, batch_idx))
-        if self.frequency.secs is not None:
-            due = trainer.strategy.broadcast(due)  # clocks of the ranks differ
+        due = is_due(self.frequency, trainer, batch_idx)
         if due or trainer.should_stop or trainer.received_sigterm or _is_last_step(trainer, batch_idx):
             self._save(trainer)
         self._between_steps = True

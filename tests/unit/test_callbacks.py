@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from run_samples import SmallData, SmallModule, make_group
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -263,6 +264,28 @@ def test_the_last_weights_are_exported_even_with_everything_off(tmp_path: Path):
     assert folder.name == "epoch2epochstep3globalstep6"
     assert json.loads((folder / "model.json").read_text()) == module.model.weight.tolist()
     assert (folder / "tokenizer.json").exists()
+
+
+def test_rank_0_says_for_all_whether_seconds_have_passed(tmp_path: Path):
+    """Their clocks differ, and of a model in pieces an export is a collective."""
+
+    class AnotherRank(SingleDeviceStrategy):
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            return True if obj is False else obj
+
+    fit([Export(tmp_path, epochs=None, secs=3600)], n_steps=3, max_epochs=1, strategy=AnotherRank(torch.device("cpu")))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_last_weights_are_exported_where_the_run_failed_before(tmp_path: Path):
+    class Fails(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+            raise RuntimeError("behind the last step")
+
+    with pytest.raises(RuntimeError, match="behind the last step"):
+        fit([Fails(), Export(tmp_path / "models", epochs=None), RecoveryCheckpoint(tmp_path)], n_steps=3, max_epochs=1)
+    fit([Export(tmp_path / "models", epochs=None), RecoveryCheckpoint(tmp_path)], n_steps=3, max_epochs=1, ckpt_path="last")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["epoch1epochstep3globalstep3"]
 
 
 def test_a_failed_export_leaves_no_folder_under_its_name(tmp_path: Path):
