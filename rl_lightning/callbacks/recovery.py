@@ -49,7 +49,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self, folder: str | os.PathLike[str], epochs: int | None = None, steps: int | None = None, secs: float | None = 600
     ) -> None:
         super().__init__(dirpath=Path(folder), save_last=True, save_top_k=0, enable_version_counter=False)
-        self.path = Path(folder) / NAME
+        self.path, self._part = Path(folder) / NAME, Path(folder) / f"{NAME}.part"
         self.frequency = Frequency(epochs, steps, secs)
         self._saved_step = -1
         self._between_steps = False
@@ -64,6 +64,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self.frequency.restart_clock()
         self._saved_step = trainer.global_step
         self._between_steps = True
+        if trainer.is_global_zero:
+            _remove(self._part)  # of a run that was killed as it saved; a folder of another number of ranks holds other files
         if trainer.world_size == 1:
             self._have_steps_finished(trainer)
 
@@ -137,10 +139,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
             return
         self._saved_step = trainer.global_step
         self.last_model_path = str(self.path)
-        part = self.path.with_name(f"{NAME}.part")
-        trainer.save_checkpoint(part, weights_only=False)
+        trainer.save_checkpoint(self._part, weights_only=False)
         if trainer.is_global_zero:
-            _replace(part, self.path)
+            _replace(self._part, self.path)
             logger.info("Saved the restart checkpoint of global step %d to %s", trainer.global_step, self.path)
         trainer.strategy.barrier("restart checkpoint")
 
@@ -151,17 +152,25 @@ def _is_last_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _replace(part: Path, target: Path) -> None:
-    """Moves the complete `part` over `target`; a folder cannot replace another one at once, hence `.old` in between."""
-    if part.is_file():
-        _flush(part)
-        os.replace(part, target)
-        return
+    """Moves the complete `part` over `target`; where one is a folder that cannot be done at once, hence `.old` in between.
+
+    An `.old` that is there without `target` is all that there is until then.
+    """
+    for file in part.iterdir() if part.is_dir() else [part]:
+        _flush(file)
     old = target.with_name(f"{NAME}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if target.is_dir() or (part.is_dir() and target.exists()):
+        _remove(old)
         target.rename(old)
-    part.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    part.replace(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rl_lightning.callbacks.export import Export
 from rl_lightning.callbacks.main_log import MainLog
-from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoint
+from rl_lightning.callbacks.recovery import RecoveryCheckpoint, _replace, newest_checkpoint
 from rl_lightning.callbacks.rollout_log import RolloutLog, records
 from rl_lightning.callbacks.run_log import RunLog, format_duration, format_statistics
 from rl_lightning.callbacks.throughput import Throughput
@@ -451,6 +451,34 @@ def test_asked_to_stop_saves_at_once(tmp_path: Path):
 
     fit([Stop(), RecoveryCheckpoint(tmp_path)], n_steps=3)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_what_is_left_of_a_half_replaced_folder_stays_until_there_is_another(tmp_path: Path):
+    part, old = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt.old"
+    old.mkdir()
+    with pytest.raises(FileNotFoundError):
+        _replace(part, tmp_path / "last.ckpt")
+    assert newest_checkpoint(tmp_path) == old
+    part.mkdir()
+    _replace(part, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_run_has_left_half_written_is_removed(tmp_path: Path):
+    (tmp_path / "last.ckpt.part").mkdir()
+    (tmp_path / "last.ckpt.part" / "__3_0.distcp").write_text("")
+    fit([RecoveryCheckpoint(tmp_path, steps=1)], n_steps=2, max_epochs=1)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("before", "now"), [("folder", "file"), ("file", "folder")])
+def test_a_checkpoint_of_another_kind_is_replaced_too(tmp_path: Path, before: str, now: str):
+    part, target = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt"
+    for kind in (before, now, now):
+        part.mkdir() if kind == "folder" else part.write_text("")
+        _replace(part, target)
+        assert target.is_dir() == (kind == "folder") and not part.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_half_replaced_folder_still_counts(tmp_path: Path):
