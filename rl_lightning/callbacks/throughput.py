@@ -64,8 +64,8 @@ class Throughput(Callback):
         self.peak_flops = self.peak_flops or _peak_flops(trainer, pl_module)
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.is_global_zero and isinstance(datamodule, RolloutStatistics):
-            self._last_generated = 0.0
-            self._ticker = _Ticker(datamodule, self.interval_s)
+            self._last_generated = datamodule.statistics().get("generated_tokens", 0.0)  # of the attempt before, if one failed
+            self._ticker = _Ticker(datamodule, self.interval_s, self._last_generated)
             self._ticker.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -88,6 +88,13 @@ class Throughput(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the lines."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends them too: Lightning tears nothing down then, and the thread would hold model and data for ever."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._ticker is not None:
             self._ticker.stop()
             self._ticker = None
@@ -121,8 +128,8 @@ class Throughput(Callback):
 class _Ticker:
     """A thread that says every `interval_s` how many tokens per second were generated since the last time."""
 
-    def __init__(self, datamodule: RolloutStatistics, interval_s: float) -> None:
-        self._datamodule, self._interval_s = datamodule, interval_s
+    def __init__(self, datamodule: RolloutStatistics, interval_s: float, generated: float) -> None:
+        self._datamodule, self._interval_s, self._generated = datamodule, interval_s, generated
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="generation-throughput", daemon=True)
 
@@ -135,7 +142,7 @@ class _Ticker:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        last, last_s = 0.0, time.monotonic()
+        last, last_s = self._generated, time.monotonic()
         while not self._ended.wait(self._interval_s):
             try:
                 generated = self._datamodule.statistics().get("generated_tokens", 0.0)

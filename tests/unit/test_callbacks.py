@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,6 +181,21 @@ def test_generation_throughput_is_said_while_the_trainer_is_busy(caplog: pytest.
         fit([Throughput(interval_s=0.05)], Slow(), n_steps=2, max_epochs=1)
     said = [r.getMessage() for r in caplog.records if "Generation throughput" in r.getMessage()]
     assert len(said) >= 2 and re.fullmatch(r"Generation throughput: \d+\.\d tokens/s", said[0])
+
+
+def test_what_kept_engines_generated_before_a_restart_does_not_count(tmp_path: Path):
+    ticks = iter(range(0, 1000, 10))
+    module, data = SmallModule(), SmallData(1)
+    data.given = 60_000
+    make_trainer([Throughput(clock=lambda: float(next(ticks)))], max_epochs=1).fit(module, datamodule=data)
+    assert module.step_statistics["throughput/generated_tokens_per_s"] == 6
+
+
+def test_a_run_that_fails_leaves_no_thread():
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="it broke"):
+        fit([Throughput(interval_s=0.05)], SmallModule(fail_at=1))
+    assert set(threading.enumerate()) <= before
 
 
 # -- RolloutLog
