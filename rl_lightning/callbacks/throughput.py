@@ -88,15 +88,15 @@ class Throughput(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the lines."""
-        self._stop()
+        self._stop(timeout_s=5.0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ends them too: Lightning tears nothing down then, and the thread would hold model and data for ever."""
-        self._stop()
+        self._stop(timeout_s=0.0)  # the restart checkpoint is saved after this
 
-    def _stop(self) -> None:
+    def _stop(self, timeout_s: float) -> None:
         if self._ticker is not None:
-            self._ticker.stop()
+            self._ticker.stop(timeout_s)
             self._ticker = None
 
     def _rollout_statistics(self, trainer: Trainer, step_s: float) -> dict[str, float]:
@@ -136,10 +136,10 @@ class _Ticker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Returns when the thread has ended, or after 5 s if the datamodule does not answer."""
+    def stop(self, timeout_s: float) -> None:
+        """Returns when the thread has ended, or after `timeout_s` if the datamodule does not answer."""
         self._ended.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         last, last_s = self._generated, time.monotonic()

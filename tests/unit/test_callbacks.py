@@ -195,7 +195,9 @@ def test_a_run_that_fails_leaves_no_thread():
     before = set(threading.enumerate())
     with pytest.raises(RuntimeError, match="it broke"):
         fit([Throughput(interval_s=0.05)], SmallModule(fail_at=1))
-    assert set(threading.enumerate()) <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), thread.name
 
 
 # -- RolloutLog
