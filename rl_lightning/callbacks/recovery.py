@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rl_lightning.callbacks.frequency import Frequency, ends_epoch, is_due
@@ -81,7 +82,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self._between_steps = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the epoch's last batch has been handled."""
+        """Saves when the epoch ends the run (EarlyStopping); its last batch has been handled."""
+        if trainer.should_stop:
+            self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that ends after the step is not validated before."""
@@ -89,7 +92,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
             raise SIGTERMException
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: restart checkpoints do not depend on a score."""
+        """Saves when the score ends the run (EarlyStopping); else restart checkpoints do not depend on it."""
+        if trainer.should_stop and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: the last batch has been handled."""

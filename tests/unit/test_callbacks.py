@@ -471,6 +471,20 @@ def test_asked_to_stop_saves_at_once(tmp_path: Path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}], ids=["each epoch", "within epochs"])
+def test_a_run_that_its_score_ends_can_go_on_from_its_last_step(tmp_path: Path, hook: str, options: dict[str, Any]):
+    def stop(trainer: Trainer, pl_module: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 2
+
+    early = Callback()
+    setattr(early, hook, stop)
+    whole = fit([], n_steps=4, **options)
+    ended = fit([early, RecoveryCheckpoint(tmp_path)], n_steps=4, **options)
+    resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=4, ckpt_path="last", **options)
+    assert len(ended.losses) < len(whole.losses) and ended.losses + resumed.losses == whole.losses
+
+
 def test_what_is_left_of_a_half_replaced_folder_stays_until_there_is_another(tmp_path: Path):
     part, old = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt.old"
     old.mkdir()
