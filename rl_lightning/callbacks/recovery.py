@@ -36,7 +36,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt`; the previous one is replaced only when the new one is complete.
 
     Saves between two training steps only: when due, when the trainer was asked to stop, after the last step, and when
-    Ctrl-C or SIGTERM comes while the trainer waits for a batch.  SIGTERM in a step ends the run after it.  It is a
+    Ctrl-C or SIGTERM comes while the trainer waits for a batch or validates.  SIGTERM in a step ends the run after it.  It is a
     ModelCheckpoint so that Lightning's `ckpt_path="last"` finds its file.
 
     Args:
@@ -107,7 +107,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """
         together = isinstance(exception, SIGTERMException) or trainer.world_size == 1
         stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
-        if stopped and together and self._between_steps and trainer.training:
+        under_way = trainer.training or trainer.validating and trainer.state.fn == TrainerFn.FITTING
+        if stopped and together and self._between_steps and under_way:
             self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -373,11 +373,31 @@ def test_stopped_while_waiting_saves_and_resumes_exactly(
     assert resumed.losses == whole.losses[4:]
 
 
-@pytest.mark.parametrize("where", ["in step", "validation"])
-def test_stopped_within_a_step_or_validation_saves_nothing(tmp_path: Path, where: str):
-    module = SmallModule(fail_at=2 if where == "in step" else None, error="KeyboardInterrupt")
+@pytest.mark.parametrize(("error", "ends_with"), [(SIGTERMException, SIGTERMException), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}], ids=["after an epoch", "after a step"])
+def test_stopped_in_a_validation_saves_and_resumes_exactly(
+    tmp_path: Path, error: type[BaseException], ends_with: type[BaseException], options: dict[str, Any]
+):
+    whole = fit([], n_steps=3)
+    torch.manual_seed(0)
+    stopped = SmallModule()
+    with pytest.raises(ends_with):
+        fit([RecoveryCheckpoint(tmp_path), Interrupt("validation", 2, error)], stopped, n_steps=3, **options)
+    resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=3, ckpt_path="last", **options)
+    assert stopped.losses and stopped.losses + resumed.losses == whole.losses
+
+
+def test_stopped_in_a_validation_without_training_saves_nothing(tmp_path: Path):
+    recovery = RecoveryCheckpoint(tmp_path)
+    fit([recovery], n_steps=3, max_epochs=1)
     with pytest.raises(SystemExit):
-        fit([RecoveryCheckpoint(tmp_path), Interrupt(where, 2, KeyboardInterrupt)], module, n_steps=3)
+        make_trainer([recovery, Interrupt("validation", 0, KeyboardInterrupt)]).validate(SmallModule(), datamodule=SmallData(1))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_stopped_within_a_step_saves_nothing(tmp_path: Path):
+    with pytest.raises(SystemExit):
+        fit([RecoveryCheckpoint(tmp_path)], SmallModule(fail_at=2, error="KeyboardInterrupt"), n_steps=3)
     assert newest_checkpoint(tmp_path) is None
 
 
