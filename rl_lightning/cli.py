@@ -69,6 +69,7 @@ class RLCLI(LightningCLI):
             importlib.import_module(module)
         self.run_config: RunConfig | None = None
         self._start_from: str | None = None
+        self._found: tuple[int, int] | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -141,6 +142,7 @@ class RLCLI(LightningCLI):
         assert run is not None
         MainLog.attach(run.logs)
         resume = self.subcommand == "fit" and run.recover_mode == "resume"
+        self._found = identity(newest_checkpoint(run.checkpoints))
         self.config_init[self.subcommand].ckpt_path = start_checkpoint(run.checkpoints, self._start_from, resume=resume)
         if self.subcommand == "fit":
             self._save_config(run.logs / "config.yaml")
@@ -173,7 +175,9 @@ class RLCLI(LightningCLI):
                 if hasattr(now, "adopt"):
                     now.adopt(then)
             kwargs = self._prepare_subcommand_kwargs("fit")
-            kwargs["ckpt_path"] = start_checkpoint(run.checkpoints, self._start_from, resume=True)
+            # one that was there before is not this run's if the user named another
+            resume = run.recover_mode == "resume" or identity(newest_checkpoint(run.checkpoints)) != self._found
+            kwargs["ckpt_path"] = start_checkpoint(run.checkpoints, self._start_from, resume=resume)
             logger.info("Starting again from %s", kwargs["ckpt_path"] or "the beginning")
 
     def after_fit(self) -> None:
@@ -240,6 +244,14 @@ def _wandb(run: RunConfig) -> Logger:
 
     run.logs.mkdir(parents=True, exist_ok=True)
     return WandbLogger(name=run.trial, project=run.experiment, save_dir=run.logs, offline=run.wandb_mode == "offline")
+
+
+def identity(path: Path | None) -> tuple[int, int] | None:
+    """Another one for a file or folder that was replaced; None where there is none."""
+    if path is None:
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def start_checkpoint(folder: Path, asked: str | None, *, resume: bool) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+from rl_lightning.callbacks.frequency import Frequency, is_due
 from rl_lightning.models.lora import has_lora, merged_weights, save_adapter
 from rl_lightning.models.sharding import whole
 
@@ -49,7 +49,7 @@ class Export(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Exports when due."""
         self._name = f"epoch{trainer.current_epoch + 1}epochstep{batch_idx + 1}globalstep{trainer.global_step}"
-        if self.frequency.step(ends_epoch=ends_epoch(trainer, batch_idx)):
+        if is_due(self.frequency, trainer, batch_idx):
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,12 +82,13 @@ class Export(Callback):
         logger.info("Saved the model to %s", target)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters of the frequency."""
-        return self.frequency.state_dict()
+        """The counters of the frequency, the last step's name, and the last name under which something was exported."""
+        return {**self.frequency.state_dict(), "name": self._name, "exported": self._exported}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting."""
+        """Goes on counting; a run that failed behind its last step still exports it."""
         self.frequency.load_state_dict(state_dict)
+        self._name, self._exported = state_dict.get("name"), state_dict.get("exported")
 
 
 def put_together(model: Any, *, keep: bool) -> dict[str, Tensor]:

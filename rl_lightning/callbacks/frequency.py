@@ -15,6 +15,13 @@ def ends_epoch(trainer: Trainer, batch_idx: int) -> bool:
     return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
 
 
+def is_due(frequency: Frequency, trainer: Trainer, batch_idx: int) -> bool:
+    """Counts a finished step; whether anything is due, in all ranks the same. Every rank must call it."""
+    due = frequency.step(ends_epoch=ends_epoch(trainer, batch_idx))
+    # clocks of the ranks differ
+    return due if frequency.secs is None else bool(trainer.strategy.broadcast(due))
+
+
 class Frequency:
     """Three independent counters. Each starts again when it was due itself, not when another one was.
 

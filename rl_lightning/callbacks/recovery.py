@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rl_lightning.callbacks.frequency import Frequency, ends_epoch
+from rl_lightning.callbacks.frequency import Frequency, ends_epoch, is_due
 from rl_lightning.callbacks.step_signals import StepSignals
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self, folder: str | os.PathLike[str], epochs: int | None = None, steps: int | None = None, secs: float | None = 600
     ) -> None:
         super().__init__(dirpath=Path(folder), save_last=True, save_top_k=0, enable_version_counter=False)
-        self.path = Path(folder) / NAME
+        self.path, self._part = Path(folder) / NAME, Path(folder) / f"{NAME}.part"
         self.frequency = Frequency(epochs, steps, secs)
         self._saved_step = -1
         self._between_steps = False
@@ -63,6 +64,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self._saved_step = trainer.global_step
         self._between_steps = True
         self._signals = StepSignals(trainer, lambda: not self._between_steps)
+        if trainer.is_global_zero:
+            _remove(self._part)  # of a run that was killed as it saved; a folder of another number of ranks holds other files
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the weights are between two versions."""
@@ -70,9 +73,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when due, when the run was asked to stop, and after the last step."""
-        due = self.frequency.step(ends_epoch=ends_epoch(trainer, batch_idx))
-        if self.frequency.secs is not None:
-            due = trainer.strategy.broadcast(due)  # clocks of the ranks differ
+        due = is_due(self.frequency, trainer, batch_idx)
         if self._signals is not None:
             self._signals.end_step()
         if due or trainer.should_stop or trainer.received_sigterm or _is_last_step(trainer, batch_idx):
@@ -80,7 +81,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self._between_steps = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the epoch's last batch has been handled."""
+        """Saves when the epoch ends the run (EarlyStopping); its last batch has been handled."""
+        if trainer.should_stop:
+            self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that ends after the step is not validated before."""
@@ -88,7 +91,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
             raise SIGTERMException
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: restart checkpoints do not depend on a score."""
+        """Saves when the score ends the run (EarlyStopping); else restart checkpoints do not depend on it."""
+        if trainer.should_stop and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: the last batch has been handled."""
@@ -101,7 +106,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """
         together = isinstance(exception, SIGTERMException) or trainer.world_size == 1
         stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
-        if stopped and together and self._between_steps and trainer.training:
+        under_way = trainer.training or trainer.validating and trainer.state.fn == TrainerFn.FITTING
+        if stopped and together and self._between_steps and under_way:
             self._save(trainer)
         if self._signals is not None and isinstance(exception, SIGTERMException):
             exception.code = self._signals.exit_code
@@ -121,10 +127,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
             return
         self._saved_step = trainer.global_step
         self.last_model_path = str(self.path)
-        part = self.path.with_name(f"{NAME}.part")
-        trainer.save_checkpoint(part, weights_only=False)
+        trainer.save_checkpoint(self._part, weights_only=False)
         if trainer.is_global_zero:
-            _replace(part, self.path)
+            _replace(self._part, self.path)
             logger.info("Saved the restart checkpoint of global step %d to %s", trainer.global_step, self.path)
         trainer.strategy.barrier("restart checkpoint")
 
@@ -135,17 +140,25 @@ def _is_last_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _replace(part: Path, target: Path) -> None:
-    """Moves the complete `part` over `target`; a folder cannot replace another one at once, hence `.old` in between."""
-    if part.is_file():
-        _flush(part)
-        os.replace(part, target)
-        return
+    """Moves the complete `part` over `target`; where one is a folder that cannot be done at once, hence `.old` in between.
+
+    An `.old` that is there without `target` is all that there is until then.
+    """
+    for file in part.iterdir() if part.is_dir() else [part]:
+        _flush(file)
     old = target.with_name(f"{NAME}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if target.is_dir() or (part.is_dir() and target.exists()):
+        _remove(old)
         target.rename(old)
-    part.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    part.replace(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from rl_lightning.callbacks.share import share_number
+from rl_lightning.callbacks.share import share_number, tensor_size
 from rl_lightning.types import Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ class RolloutLog(Callback):
         if share is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        n_shares = trainer.world_size // tensor_size(pl_module)
+        if trainer.is_global_zero:  # there were more ranks before
+            for other in set(self.folder.glob("rank*.jsonl")) - {self.folder / f"rank{rank}.jsonl" for rank in range(n_shares)}:
+                _drop_later_steps(other, trainer.global_step)
         path = self.folder / f"rank{share}.jsonl"
         _drop_later_steps(path, trainer.global_step)
         self._file = path.open("a", encoding="utf-8")
@@ -108,16 +114,20 @@ def _scores(rollout: Rollout) -> dict[str, Any]:
 
 
 def _drop_later_steps(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a last line that was cut off by a crash goes as well."""
+    """Keeps the lines of steps up to `step`; a line that was torn by a crash goes as well."""
     if not path.exists():
         return
-    part = path.with_suffix(".part")
-    with path.open(encoding="utf-8") as lines, part.open("w", encoding="utf-8") as kept:
-        for line in lines:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.write(line)
-    part.replace(path)
+    with path.open("rb") as lines:
+        kept = sum(map(len, takewhile(lambda line: _step_of(line) <= step, lines)))
+    os.truncate(path, kept)
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite where the line is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except ValueError:  # torn within a letter, or never written to the disk
+        return math.inf
 
 
 def _show_in_tensorboard(

@@ -64,8 +64,8 @@ class Throughput(Callback):
         self.peak_flops = self.peak_flops or _peak_flops(trainer, pl_module)
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.is_global_zero and isinstance(datamodule, RolloutStatistics):
-            self._last_generated = 0.0
-            self._ticker = _Ticker(datamodule, self.interval_s)
+            self._last_generated = datamodule.statistics().get("generated_tokens", 0.0)  # of the attempt before, if one failed
+            self._ticker = _Ticker(datamodule, self.interval_s, self._last_generated)
             self._ticker.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -88,8 +88,15 @@ class Throughput(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the lines."""
+        self._stop(timeout_s=5.0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends them too: Lightning tears nothing down then, and the thread would hold model and data for ever."""
+        self._stop(timeout_s=0.0)  # the restart checkpoint is saved after this
+
+    def _stop(self, timeout_s: float) -> None:
         if self._ticker is not None:
-            self._ticker.stop()
+            self._ticker.stop(timeout_s)
             self._ticker = None
 
     def _rollout_statistics(self, trainer: Trainer, step_s: float) -> dict[str, float]:
@@ -121,21 +128,21 @@ class Throughput(Callback):
 class _Ticker:
     """A thread that says every `interval_s` how many tokens per second were generated since the last time."""
 
-    def __init__(self, datamodule: RolloutStatistics, interval_s: float) -> None:
-        self._datamodule, self._interval_s = datamodule, interval_s
+    def __init__(self, datamodule: RolloutStatistics, interval_s: float, generated: float) -> None:
+        self._datamodule, self._interval_s, self._generated = datamodule, interval_s, generated
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="generation-throughput", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Returns when the thread has ended, or after 5 s if the datamodule does not answer."""
+    def stop(self, timeout_s: float) -> None:
+        """Returns when the thread has ended, or after `timeout_s` if the datamodule does not answer."""
         self._ended.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        last, last_s = 0.0, time.monotonic()
+        last, last_s = self._generated, time.monotonic()
         while not self._ended.wait(self._interval_s):
             try:
                 generated = self._datamodule.statistics().get("generated_tokens", 0.0)

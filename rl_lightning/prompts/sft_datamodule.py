@@ -80,11 +80,8 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         trainer = self.trainer
         seed = (lambda: self.seed + trainer.current_epoch) if self.shuffle else None
-
-        def done() -> int:
-            return trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), seed, done)
+        # not what was given: a batch that was fetched as the run was asked to stop is trained on after the restart
+        return SupervisedLoader(self.train_set, self.batch_size, *self._ranks(), seed, lambda: trainer.fit_loop.batch_idx + 1)
 
     def val_dataloader(self) -> SupervisedLoader | list[Batch]:
         """This rank's share of the validation examples; nothing where there are none."""
@@ -134,7 +131,7 @@ class SupervisedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order()
-        for position in range(self._done() % len(self), len(self)):
+        for position in range(self._done(), len(self)):
             chosen = order[position * self._batch_size : (position + 1) * self._batch_size]
             yield self._dataset.batch(chosen[self._rank :: self._world_size])
 

@@ -144,9 +144,7 @@ class RolloutController:
     async def give_back(self, worker: str, lease: Lease, reason: str, *, counts: bool) -> None:
         """A lease ended without an answer. `counts` says whether the group itself may be the cause."""
         if lease.evaluation:
-            if not self._evaluations.give_back(lease.submission, counts=counts):
-                tried = f"validation prompt {lease.index} was given up after {self._evaluations.max_attempts} attempts"
-                self._fatal = self._fatal or RolloutError(f"{tried}: {reason}")
+            self._give_back_evaluation(lease.submission, lease.index, reason, counts=counts)
         elif self._ledger.holds(worker, lease.index, lease.submission):
             logger.warning("prompt group %d came back from %s: %s", lease.index, worker, reason)
             if not self._ledger.give_back(lease.index, counts=counts):
@@ -290,8 +288,20 @@ class RolloutController:
             self._roster.note_return(group.worker)
             if not self._ledger.give_back(group.index):
                 self._note_refused(f"not answered within {s.lease_timeout_s:.0f} s (lease_timeout_s)")
+        for submission, lease in self._evaluations.started_before(now - s.lease_timeout_s):
+            logger.warning("validation prompt %d on %s took over %.0f s", lease.position, lease.worker, s.lease_timeout_s)
+            self._revoked[lease.worker].append(-submission)  # as workers tell them from those of training
+            self._roster.note_return(lease.worker)
+            reason = f"not answered within {s.lease_timeout_s:.0f} s (lease_timeout_s)"
+            self._give_back_evaluation(submission, lease.position, reason, counts=True)
         # Whatever starts from here on, or is heard of again, expires later than this.
-        self._nothing_expires_before_s = min(self._roster.next_loss_s(now), self._ledger.oldest_start_s(now) + s.lease_timeout_s)
+        oldest_s = min(self._ledger.oldest_start_s(now), self._evaluations.oldest_start_s(now))
+        self._nothing_expires_before_s = min(self._roster.next_loss_s(now), oldest_s + s.lease_timeout_s)
+
+    def _give_back_evaluation(self, submission: int, position: int, reason: str, *, counts: bool) -> None:
+        if not self._evaluations.give_back(submission, counts=counts):
+            tried = f"validation prompt {position} was given up after {self._evaluations.max_attempts} attempts"
+            self._fatal = self._fatal or RolloutError(f"{tried}: {reason}")
 
     def _drop_leases(self, worker: str) -> None:
         self._dispatcher.dismiss(worker)  # if it asked in an earlier life, nobody would get its leases

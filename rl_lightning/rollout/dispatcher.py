@@ -99,7 +99,7 @@ class LeaseDispatcher:
         s = self._settings
         if self._evaluations_have_room():
             assert self._validation is not None, "evaluation of a run without validation prompts"
-            position, submission = self._evaluations.submit(worker)
+            position, submission = self._evaluations.submit(worker, now_s)
             prompt, size, params = self._validation[position], s.evaluation_group_size, s.evaluation_params
             return Lease(position, prompt, size, params, s.seed, submission, evaluation=True)
         group = self._ledger.submit(worker, now_s)

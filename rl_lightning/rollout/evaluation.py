@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class RunningPrompt:
+    """A position being answered: for which evaluation, by whom, since when."""
+
+    evaluation: int
+    position: int
+    worker: str
+    started_s: float
+
+
 @dataclass(slots=True)
 class _Evaluation:
     wanted: int
@@ -28,7 +38,7 @@ class EvaluationQueue:
         self.max_attempts = max_attempts
         self._evaluations: dict[int, _Evaluation] = {}
         self._pending: deque[tuple[int, int]] = deque()
-        self._running: dict[int, tuple[int, int, str]] = {}
+        self._running: dict[int, RunningPrompt] = {}
         self._next_id = 0
         self._submissions = 0
 
@@ -49,18 +59,18 @@ class EvaluationQueue:
         """Positions being answered."""
         return len(self._running)
 
-    def submit(self, worker: str) -> tuple[int, int]:
+    def submit(self, worker: str, now_s: float) -> tuple[int, int]:
         """Leases the next position; returns (position, submission)."""
         evaluation, position = self._pending.popleft()
         self._submissions += 1
-        self._running[self._submissions] = (evaluation, position, worker)
+        self._running[self._submissions] = RunningPrompt(evaluation, position, worker, now_s)
         return position, self._submissions
 
     def finish(self, submission: int, content: Any) -> bool:
         """Stores an answer; False for one whose lease ended meanwhile: it is dropped."""
         lease = self._running.pop(submission, None)
-        if lease is not None and lease[0] in self._evaluations:
-            self._evaluations[lease[0]].answered[lease[1]] = content
+        if lease is not None and lease.evaluation in self._evaluations:
+            self._evaluations[lease.evaluation].answered[lease.position] = content
         return lease is not None
 
     def give_back(self, submission: int, *, counts: bool = False) -> bool:
@@ -74,19 +84,27 @@ class EvaluationQueue:
             False if the position was tried `max_attempts` times: it is given up.
         """
         lease = self._running.pop(submission, None)
-        if lease is None or lease[0] not in self._evaluations:
+        if lease is None or lease.evaluation not in self._evaluations:
             return True
-        attempts = self._evaluations[lease[0]].attempts
-        attempts[lease[1]] += counts
-        if attempts[lease[1]] >= self.max_attempts:
+        attempts = self._evaluations[lease.evaluation].attempts
+        attempts[lease.position] += counts
+        if attempts[lease.position] >= self.max_attempts:
             return False
-        self._pending.appendleft(lease[:2])
+        self._pending.appendleft((lease.evaluation, lease.position))
         return True
 
     def give_back_all(self, worker: str) -> None:
         """Everything this worker held goes to the front of the queue."""
-        for submission in [s for s, lease in self._running.items() if lease[2] == worker]:
+        for submission in [s for s, lease in self._running.items() if lease.worker == worker]:
             self.give_back(submission)
+
+    def started_before(self, limit_s: float) -> list[tuple[int, RunningPrompt]]:
+        """(submission, what) of all that were leased before `limit_s`."""
+        return [(submission, lease) for submission, lease in self._running.items() if lease.started_s < limit_s]
+
+    def oldest_start_s(self, now_s: float) -> float:
+        """When the oldest lease began; `now_s` if there is none."""
+        return min((lease.started_s for lease in self._running.values()), default=now_s)
 
     def knows(self, evaluation: int) -> bool:
         """Whether `begin` gave this id and its results are still wanted."""

@@ -35,8 +35,8 @@ class GroupRecord:
         """The record of `group`.
 
         Raises:
-            ValueError: it cannot be trained on, because the workflow gave another number of answers than `group_size`, or an empty
-                or contradictory one.
+            ValueError: it cannot be trained on, because the workflow gave more or fewer answers than `group_size`, or an empty or
+                contradictory one.
         """
         answers, query_id = group.rollouts, group.prompt.query_id
         if len(answers) != group_size:

@@ -46,7 +46,8 @@ class RolloutLedger:
 
     Args:
         gate: the admission rule.
-        n_groups: groups that the whole run will train on, None if unknown; nothing is submitted beyond it.
+        n_groups: groups that the whole run will train on, None if unknown; nothing is submitted beyond it. A run that goes on
+            with fewer prompts or another batch size has more steps than that: with the first of them the end is unknown.
         max_attempts: leases of one group before it is given up.
         first_submission: number of the first lease; a ledger that follows another one goes on where that one stood.
     """
@@ -58,7 +59,6 @@ class RolloutLedger:
         self.n_groups = n_groups
         self.max_attempts = max_attempts
         self.version = 0
-        self.consumed = 0
         self.rejected = 0
         self.abandoned = 0
         self.requeued = 0
@@ -73,6 +73,11 @@ class RolloutLedger:
         # must not cost a look at all of them.
         self._running_since: Counter[int] = Counter()
         self._finished_since: Counter[int] = Counter()
+
+    @property
+    def consumed(self) -> int:
+        """Groups of the finished steps, in batches of the present size whatever it was before, and of the one under way."""
+        return self.version * self.gate.batch_size + len(self.training)
 
     # -- submission
 
@@ -179,6 +184,8 @@ class RolloutLedger:
     def take(self, size: int | None = None) -> list[FinishedGroup] | None:
         """The batch of step `version`, or `size` groups more for it, oldest first; None while it must wait."""
         size = self.gate.batch_size if size is None else size
+        if self.n_groups is not None and self.n_groups < (self.version + 1) * self.gate.batch_size:
+            self.n_groups = None
         if not self.ready(size):
             return None
         batch = heapq.nsmallest(size, self.finished.values(), key=lambda g: g.submission)
@@ -186,14 +193,12 @@ class RolloutLedger:
             del self.finished[group.index]
             self._attempts.pop(group.index, None)
         self._finished_since.subtract(group.version for group in batch)
-        self.consumed += len(batch)
         self.training += [group.index for group in batch]
         return batch
 
     def lose(self, indices: list[int]) -> None:
         """These groups of the batch cannot be trained on, their arrays are gone: they go to the front of the queue."""
         self.training = [index for index in self.training if index not in indices]
-        self.consumed -= len(indices)
         self.requeued += len(indices)
         for index in indices:
             heapq.heappush(self._returned, index)
@@ -220,7 +225,6 @@ class RolloutLedger:
         training = self.training if version == self.version else []
         return {
             "version": version,
-            "consumed": self.consumed - len(training),
             "next_index": self._next_index,
             "open": sorted([*self.running, *self.finished, *training, *self._returned]),
             "rejected": self.rejected,
@@ -230,7 +234,7 @@ class RolloutLedger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a position; the open groups are leased again, first."""
         assert not self.running and not self.finished, "load_state_dict needs a ledger with nothing in flight"
-        self.version, self.consumed = state["version"], state["consumed"]
+        self.version = state["version"]
         self._next_index = state["next_index"]
         self.rejected, self.abandoned = state["rejected"], state["abandoned"]
         self._returned = list(state["open"])

@@ -74,15 +74,12 @@ class RolloutLoader:
     ) -> None:
         self._fleet, self._step, self._length = fleet, step, length
         self._rank, self._world_size, self._wait = rank, world_size, wait
-        self._resume_at, self._first_step = 0, step()
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        resume_at, self._resume_at = self._resume_at, 0
-        self._first_step = self._step() - resume_at
-        for _ in range(resume_at, self._length):
+        for _ in range(self._length):
             yield self._next()
 
     def _next(self) -> Batch:
@@ -103,12 +100,11 @@ class RolloutLoader:
         return share
 
     def state_dict(self) -> dict[str, int]:
-        """Steps finished in this epoch: a batch that was given but not trained on does not count."""
-        return {"position": self._step() - self._first_step}
+        """Nothing to keep: the controller knows the prompts, and Lightning how many steps an epoch has left."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch iterated starts there."""
-        self._resume_at = state["position"]
+        """Nothing to restore."""
 
 
 class EvaluationLoader:

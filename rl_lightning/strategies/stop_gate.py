@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 AGREEMENT_TIMEOUT_S = 10.0
+
+_collection = threading.Lock()
 
 
 class StopGate(Callback):
@@ -127,9 +130,25 @@ def _main_thread_id() -> int:
     return ident
 
 
+def main_frame() -> FrameType | None:
+    """Where the main thread is.
+
+    Python holds its list of threads meanwhile. Garbage collected then, a tensor for example, may let another thread run that
+    wants the list too, and neither goes on (python/cpython#106883).
+    """
+    with _collection:
+        is_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(_main_thread_id())
+        finally:
+            if is_enabled:
+                gc.enable()
+
+
 def _waits_for_data() -> bool:
     """Whether the main thread is fetching a batch: no step is half done then, and no file half written."""
-    frame = sys._current_frames().get(_main_thread_id())
+    frame = main_frame()
     while frame is not None:
         if frame.f_code is _DataFetcher.__next__.__code__:
             return True

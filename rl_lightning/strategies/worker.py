@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rl_lightning.strategies.ranks import RayRanks
 
 STOP_POLL_S = 60.0
+UNAVAILABLE_S = 1.0
 
 
 class TrainWorker:
@@ -102,9 +104,15 @@ def _announce_rank(rank: Rank) -> None:
 def _await_stop(channel: Any, gate: StopGate) -> None:
     import ray
 
+    wanted = False
     try:
-        while not ray.get(channel.stop_wanted.remote(STOP_POLL_S), timeout=STOP_POLL_S + CALL_TIMEOUT_S):
-            pass
+        while not wanted:
+            try:
+                wanted = ray.get(channel.stop_wanted.remote(STOP_POLL_S), timeout=STOP_POLL_S + CALL_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:  # a busy machine
+                continue
+            except ray.exceptions.ActorUnavailableError:  # a network that is cut for a moment
+                time.sleep(UNAVAILABLE_S)
         gate.request()
     except ray.exceptions.RayError:  # the run is over, or the driver is gone and ends this process
         return

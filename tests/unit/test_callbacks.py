@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from run_samples import SmallData, SmallModule, make_group
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rl_lightning.callbacks.export import Export
 from rl_lightning.callbacks.main_log import MainLog
-from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoint
+from rl_lightning.callbacks.recovery import RecoveryCheckpoint, _replace, newest_checkpoint
 from rl_lightning.callbacks.rollout_log import RolloutLog, records
 from rl_lightning.callbacks.run_log import RunLog, format_duration, format_statistics
 from rl_lightning.callbacks.throughput import Throughput
@@ -181,6 +183,23 @@ def test_generation_throughput_is_said_while_the_trainer_is_busy(caplog: pytest.
     assert len(said) >= 2 and re.fullmatch(r"Generation throughput: \d+\.\d tokens/s", said[0])
 
 
+def test_what_kept_engines_generated_before_a_restart_does_not_count(tmp_path: Path):
+    ticks = iter(range(0, 1000, 10))
+    module, data = SmallModule(), SmallData(1)
+    data.given = 60_000
+    make_trainer([Throughput(clock=lambda: float(next(ticks)))], max_epochs=1).fit(module, datamodule=data)
+    assert module.step_statistics["throughput/generated_tokens_per_s"] == 6
+
+
+def test_a_run_that_fails_leaves_no_thread():
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="it broke"):
+        fit([Throughput(interval_s=0.05)], SmallModule(fail_at=1))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), thread.name
+
+
 # -- RolloutLog
 
 
@@ -204,6 +223,23 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path):
     fit([RolloutLog(tmp_path)], n_steps=2, max_epochs=2, ckpt_path=saved)
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [1, 1, 2, 3, 3, 4, 4] and "answer" in path.read_text().splitlines()[3]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "answer": "\u2713'.encode()[:-1], b"\0" * 9 + b"\n", b'{"step": 3, "ans\n'])
+def test_a_line_that_a_crash_tore_does_not_end_the_next_run(tmp_path: Path, torn: bytes):
+    path = tmp_path / "rank0.jsonl"
+    path.write_bytes(b"".join(json.dumps({"step": step}).encode() + b"\n" for step in (1, 2)) + torn)
+    fit([RecoveryCheckpoint(tmp_path, steps=2)], n_steps=2, max_epochs=1)
+    fit([RolloutLog(tmp_path)], n_steps=2, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4, 4]
+
+
+def test_a_run_on_fewer_ranks_drops_later_steps_from_the_files_of_all(tmp_path: Path):
+    for rank in range(3):
+        (tmp_path / f"rank{rank}.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    fit([RecoveryCheckpoint(tmp_path, steps=2)], n_steps=2, max_epochs=1)
+    fit([RolloutLog(tmp_path)], n_steps=2, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [json.loads(line)["step"] for line in (tmp_path / "rank2.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_samples_and_histograms_reach_tensorboard(tmp_path: Path):
@@ -246,6 +282,28 @@ def test_the_last_weights_are_exported_even_with_everything_off(tmp_path: Path):
     assert folder.name == "epoch2epochstep3globalstep6"
     assert json.loads((folder / "model.json").read_text()) == module.model.weight.tolist()
     assert (folder / "tokenizer.json").exists()
+
+
+def test_rank_0_says_for_all_whether_seconds_have_passed(tmp_path: Path):
+    """Their clocks differ, and of a model in pieces an export is a collective."""
+
+    class AnotherRank(SingleDeviceStrategy):
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            return True if obj is False else obj
+
+    fit([Export(tmp_path, epochs=None, secs=3600)], n_steps=3, max_epochs=1, strategy=AnotherRank(torch.device("cpu")))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_last_weights_are_exported_where_the_run_failed_before(tmp_path: Path):
+    class Fails(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+            raise RuntimeError("behind the last step")
+
+    with pytest.raises(RuntimeError, match="behind the last step"):
+        fit([Fails(), Export(tmp_path / "models", epochs=None), RecoveryCheckpoint(tmp_path)], n_steps=3, max_epochs=1)
+    fit([Export(tmp_path / "models", epochs=None), RecoveryCheckpoint(tmp_path)], n_steps=3, max_epochs=1, ckpt_path="last")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["epoch1epochstep3globalstep3"]
 
 
 def test_a_failed_export_leaves_no_folder_under_its_name(tmp_path: Path):
@@ -315,11 +373,31 @@ def test_stopped_while_waiting_saves_and_resumes_exactly(
     assert resumed.losses == whole.losses[4:]
 
 
-@pytest.mark.parametrize("where", ["in step", "validation"])
-def test_stopped_within_a_step_or_validation_saves_nothing(tmp_path: Path, where: str):
-    module = SmallModule(fail_at=2 if where == "in step" else None, error="KeyboardInterrupt")
+@pytest.mark.parametrize(("error", "ends_with"), [(SIGTERMException, SIGTERMException), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 1}], ids=["after an epoch", "after a step"])
+def test_stopped_in_a_validation_saves_and_resumes_exactly(
+    tmp_path: Path, error: type[BaseException], ends_with: type[BaseException], options: dict[str, Any]
+):
+    whole = fit([], n_steps=3)
+    torch.manual_seed(0)
+    stopped = SmallModule()
+    with pytest.raises(ends_with):
+        fit([RecoveryCheckpoint(tmp_path), Interrupt("validation", 2, error)], stopped, n_steps=3, **options)
+    resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=3, ckpt_path="last", **options)
+    assert stopped.losses and stopped.losses + resumed.losses == whole.losses
+
+
+def test_stopped_in_a_validation_without_training_saves_nothing(tmp_path: Path):
+    recovery = RecoveryCheckpoint(tmp_path)
+    fit([recovery], n_steps=3, max_epochs=1)
     with pytest.raises(SystemExit):
-        fit([RecoveryCheckpoint(tmp_path), Interrupt(where, 2, KeyboardInterrupt)], module, n_steps=3)
+        make_trainer([recovery, Interrupt("validation", 0, KeyboardInterrupt)]).validate(SmallModule(), datamodule=SmallData(1))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_stopped_within_a_step_saves_nothing(tmp_path: Path):
+    with pytest.raises(SystemExit):
+        fit([RecoveryCheckpoint(tmp_path)], SmallModule(fail_at=2, error="KeyboardInterrupt"), n_steps=3)
     assert newest_checkpoint(tmp_path) is None
 
 
@@ -430,6 +508,48 @@ def test_asked_to_stop_saves_at_once(tmp_path: Path):
 
     fit([Stop(), RecoveryCheckpoint(tmp_path)], n_steps=3)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}], ids=["each epoch", "within epochs"])
+def test_a_run_that_its_score_ends_can_go_on_from_its_last_step(tmp_path: Path, hook: str, options: dict[str, Any]):
+    def stop(trainer: Trainer, pl_module: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 2
+
+    early = Callback()
+    setattr(early, hook, stop)
+    whole = fit([], n_steps=4, **options)
+    ended = fit([early, RecoveryCheckpoint(tmp_path)], n_steps=4, **options)
+    resumed = fit([RecoveryCheckpoint(tmp_path)], n_steps=4, ckpt_path="last", **options)
+    assert len(ended.losses) < len(whole.losses) and ended.losses + resumed.losses == whole.losses
+
+
+def test_what_is_left_of_a_half_replaced_folder_stays_until_there_is_another(tmp_path: Path):
+    part, old = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt.old"
+    old.mkdir()
+    with pytest.raises(FileNotFoundError):
+        _replace(part, tmp_path / "last.ckpt")
+    assert newest_checkpoint(tmp_path) == old
+    part.mkdir()
+    _replace(part, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_run_has_left_half_written_is_removed(tmp_path: Path):
+    (tmp_path / "last.ckpt.part").mkdir()
+    (tmp_path / "last.ckpt.part" / "__3_0.distcp").write_text("")
+    fit([RecoveryCheckpoint(tmp_path, steps=1)], n_steps=2, max_epochs=1)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("before", "now"), [("folder", "file"), ("file", "folder")])
+def test_a_checkpoint_of_another_kind_is_replaced_too(tmp_path: Path, before: str, now: str):
+    part, target = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt"
+    for kind in (before, now, now):
+        part.mkdir() if kind == "folder" else part.write_text("")
+        _replace(part, target)
+        assert target.is_dir() == (kind == "folder") and not part.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_half_replaced_folder_still_counts(tmp_path: Path):

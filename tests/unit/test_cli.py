@@ -369,6 +369,16 @@ def test_what_is_not_recovered_from(options: list[str], error: type[BaseExceptio
         fit("--model.fail_at=5", *options)
 
 
+def test_a_failure_goes_back_to_the_checkpoint_that_was_named_not_to_that_of_the_run_before(caplog: pytest.LogCaptureFixture):
+    fit("--run.ckpt_freq_steps=3", "--trainer.max_steps=3")
+    Path("runs/checkpoints/experiment/trial0/last.ckpt").rename("three.ckpt")
+    fit("--run.trial=trial0", "--ckpt_path=three.ckpt", "--run.ckpt_freq_steps=3", "--trainer.max_steps=6")
+    again = fit("--run.trial=trial0", "--ckpt_path=three.ckpt", "--model.fail_at=4", "--run.ckpt_freq_steps=3")
+    assert SmallModule.failures == ["RuntimeError"]
+    assert len(again.model.losses) == 5, "steps 4 to 8"
+    assert "Starting again from three.ckpt" in caplog.text
+
+
 def test_retries_are_counted(monkeypatch: pytest.MonkeyPatch):
     class Never(list[str]):
         def __bool__(self) -> bool:

@@ -147,6 +147,40 @@ def test_a_group_that_takes_too_long_is_revoked_and_leased_again():
     run(scenario())
 
 
+def test_a_validation_prompt_that_takes_too_long_is_answered_by_another_worker():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(clock=clock, lease_timeout_s=100, worker_timeout_s=1000)
+        await ready(controller, "a", "b")
+        evaluation = await controller.begin_evaluation([1])
+        (lease,) = await controller.lease("a", 1)
+        clock.advance(101)
+        assert await controller.heartbeat("a", "a-1", {}) == [-lease.submission]
+        (again,) = await controller.lease("b", 1)
+        assert again.evaluation and again.index == lease.index and again.submission != lease.submission
+        await controller.put("a", lease, DONE, "late")
+        await controller.put("b", again, DONE, "once")
+        assert (await controller.take_evaluation(evaluation)).contents == ("once",)
+
+    run(scenario())
+
+
+def test_a_validation_prompt_that_always_takes_too_long_ends_the_run():
+    async def scenario():
+        clock = FakeClock()
+        controller = make_controller(clock=clock, lease_timeout_s=100, worker_timeout_s=1000)
+        await ready(controller, "a")
+        evaluation = await controller.begin_evaluation([1])
+        for _ in range(4):
+            assert (await controller.lease("a", 1))[0].evaluation
+            clock.advance(101)
+            await controller.heartbeat("a", "a-1", {})
+        with pytest.raises(RolloutError, match=r"prompt 1 was given up after 4 attempts: not answered within 100 s"):
+            await controller.take_evaluation(evaluation)
+
+    run(scenario())
+
+
 def test_a_worker_whose_group_was_revoked_gets_as_much_as_the_others_again():
     async def scenario():
         clock = FakeClock()

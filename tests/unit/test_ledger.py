@@ -106,6 +106,46 @@ def test_a_resumed_ledger_answers_open_groups_first_and_no_other_twice():
     assert submit_all(finished) == [1, 3, 4, 5] and finished.consumed == 2
 
 
+def train(ledger, steps):
+    """Ages of the oldest group of each step; what may be leased is answered when a step waits for it."""
+    ages = []
+    for _ in range(steps):
+        if (batch := ledger.take()) is None:
+            finish(ledger, *submit_all(ledger))
+            batch = ledger.take()
+        assert batch is not None, f"no batch of step {ledger.version + 1}: {len(ledger.finished)} groups are finished"
+        ages.append(ledger.version - min(group.version for group in batch))
+        ledger.advance(ledger.version + 1)
+    return ages
+
+
+@pytest.mark.parametrize("eta", [0, 1, 4])
+@pytest.mark.parametrize(("before", "now"), [(4, 8), (8, 4)])
+def test_a_run_goes_on_with_another_batch_size(before, now, eta):
+    first = make_ledger(before, eta)
+    train(first, 10)
+    resumed = make_ledger(now, eta)
+    resumed.load_state_dict(first.state_dict(version=10))
+    assert max(train(resumed, 10)) == eta
+
+
+@pytest.mark.parametrize("eta", [0, 1, 4])
+def test_a_run_goes_on_from_a_checkpoint_without_rollouts(eta):
+    ledger = make_ledger(4, eta)
+    ledger.advance(10)
+    assert max(train(ledger, 10)) == eta
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_fewer_prompts_than_the_run_began_with_do_not_end_it_early(eta):
+    """Lightning counts the epochs that are left, and 3 of 4 long ones are more steps than 4 short ones."""
+    first = make_ledger(2, eta, n_groups=4 * 2 * 10)
+    train(first, 30)
+    resumed = make_ledger(2, eta, n_groups=4 * 2 * 5)
+    resumed.load_state_dict(first.state_dict(version=30))
+    assert max(train(resumed, 5)) == eta
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(1, 12), st.integers(0, 10**6))
 def test_staleness_never_exceeds_eta_and_every_group_is_trained_once(batch, eta, concurrent, seed):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rl_lightning.strategies.stop_gate import StopGate
+from rl_lightning.strategies.stop_gate import StopGate, main_frame
 from rl_lightning.strategies.stop_signals import StopSignals
 
 
@@ -100,6 +102,18 @@ def test_without_an_agreement_nothing_is_interrupted() -> None:
     gate.request()
     gate.on_train_batch_start(None, None, None, 0)  # type: ignore[arg-type]
     assert not gate.raised
+
+
+def test_no_garbage_is_collected_while_python_holds_its_list_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames_of_all, collects = sys._current_frames, []
+
+    def note() -> Any:
+        collects.append(gc.isenabled())
+        return frames_of_all()
+
+    monkeypatch.setattr(sys, "_current_frames", note)
+    assert main_frame() is not None
+    assert collects == [False] and gc.isenabled()
 
 
 def test_signals_are_noted_and_handlers_restored() -> None:
