@@ -147,14 +147,6 @@ def test_a_resumed_run_goes_on_with_the_examples_that_are_left(tmp_path: Path, f
     assert len(whole) == 8 and run(ckpt_path=tmp_path / "step.ckpt") == whole[step:]
 
 
-def test_a_loader_goes_on_in_the_epoch(tmp_path: Path, folder: str) -> None:
-    dataset = load(write_lines(tmp_path / "a.jsonl", EXAMPLES), folder)
-    straight = list(SupervisedLoader(dataset, 8, 0, 1, lambda: 3))
-    resumed = SupervisedLoader(dataset, 8, 0, 1, lambda: 3, done=lambda: 2)
-    assert [b.group_ids.tolist() for b in resumed] == [b.group_ids.tolist() for b in straight[2:]]
-    assert len(resumed) == 4
-
-
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
