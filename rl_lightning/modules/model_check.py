@@ -74,7 +74,7 @@ def check_sharded(*, has_adapters: bool, dtype: str) -> None:
         ValueError: names the option and the way out.
     """
     if has_adapters:
-        raise ValueError("lora does not work on a model that is cut over ranks: use the strategy ray or ddp, or lora: null")
+        raise ValueError("lora does not work on a model that is cut over ranks: use trainer.strategy=ray, or lora: null")
     if dtype == "bfloat16":
         raise ValueError(
             "dtype=bfloat16 does not work on a model that is cut over ranks: use dtype: float32 and trainer.precision: "

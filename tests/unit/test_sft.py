@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from training_samples import fit, make_trainer, norm_in_float64, padded_logprobs, write_model
 
 from rl_lightning.modules.optimizer import OptimizerConfig
@@ -120,31 +119,6 @@ def test_a_rank_without_an_example_takes_part(tmp_path: Path, folder: str) -> No
     module = SFTModule(folder, max_tokens_per_mb=64)
     module.configure_model()
     assert batch.n_seqs == 0 and len(module.batch_logprobs(batch, range(0))) == 0
-
-
-@pytest.mark.parametrize("step", [2, 4, 5])
-def test_a_resumed_run_goes_on_with_the_examples_that_are_left(tmp_path: Path, folder: str, step: int) -> None:
-    lines = write_lines(tmp_path / "a.jsonl", EXAMPLES)
-
-    class Notes(Callback):
-        seen: list[list[int]]
-
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.seen = []
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.seen.append(batch.group_ids.tolist())
-            if trainer.global_step == step:
-                trainer.save_checkpoint(tmp_path / "step.ckpt")
-
-    def run(**options: Any) -> list[list[int]]:
-        notes = Notes()
-        trainer = make_trainer(max_epochs=2, callbacks=[notes])
-        trainer.fit(SFTModule(folder), datamodule=SFTDataModule(lines, folder, batch_size=8), **options)
-        return notes.seen
-
-    whole = run()
-    assert len(whole) == 8 and run(ckpt_path=tmp_path / "step.ckpt") == whole[step:]
 
 
 @pytest.mark.parametrize(
