@@ -66,23 +66,25 @@ def test_weights_come_through_the_trainers_memory_and_the_server_makes_room(tmp_
             await engine.yield_memory()
             seen["asleep_gib"] = used_gib()
             await publish(2)
-            seen["difference_again"] = await logprob_difference(2)  # takes memory again that waking up made free
+            seen["difference_again"] = await logprob_difference(2)
             seen["again_gib"] = used_gib()
+            seen["by_update_gib"] = []
             for version in range(3, 3 + UPDATES):
                 await publish(version)
-            seen["after_updates_gib"] = used_gib()
+                seen["by_update_gib"].append(used_gib())
             return seen
         finally:
             transport.close()
             await engine.stop()
 
     seen = asyncio.run(scenario())
-    print({name: round(value, 4) for name, value in seen.items()})
+    print(seen)
     assert seen["difference"] < 0.05 and seen["difference_again"] < 0.05, "bfloat16 engine against float32 model"
     if engine._yields:
         assert seen["asleep_gib"] < seen["awake_gib"] - 4, "0.4 of a GPU should have been given back"
     assert abs(seen["again_gib"] - seen["awake_gib"]) < 0.5
-    assert seen["after_updates_gib"] - seen["again_gib"] < 0.1, "an update keeps memory"
+    early, late = seen["by_update_gib"][: UPDATES // 2], seen["by_update_gib"][UPDATES // 2 :]
+    assert max(late) <= max(early), "updates keep memory"
 
 
 def test_memory_of_a_transfer_that_was_given_up_is_freed() -> None:
