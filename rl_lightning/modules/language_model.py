@@ -244,13 +244,12 @@ class LanguageModule(LightningModule):
             scorer: see `Scorer`.
             max_tokens: most tokens of one pass; None: as in training.
         """
-        operations = Operations.of(model)
         values = torch.full(batch.loss_mask.shape, math.nan, dtype=torch.float64)
         micro_batches = self.micro_batches(batch, sequences, max_tokens or self.max_tokens_per_mb)
         scored = []
         for micro in micro_batches:
             scored.append((micro.sources, scorer(micro)))
-            self.operations += operations.forward(micro)
+            self.operations += Operations.of(model).forward(micro)
         for sources, found in scored:  # only now, so that the device need not be waited for in between
             values[sources] = found[: len(sources)].double().cpu()
         return values
@@ -303,12 +302,12 @@ class LanguageModule(LightningModule):
 
     def _accumulate(self, model: torch.nn.Module, micro_batches: Iterator[MicroBatch], loss: MicroLoss) -> bool:
         """Backward passes over all micro-batches, gradients left on their rank; whether there was any."""
-        is_any, operations = False, Operations.of(model)
+        is_any = False
         # DDP would share gradients in every backward pass, and wait for those of models that took no part in it
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             for micro in micro_batches:
                 self.manual_backward(loss(micro))
-                self.operations += operations.training(micro)
+                self.operations += Operations.of(model).training(micro)  # found out while the GPU is at work
                 is_any = True
         return is_any
 

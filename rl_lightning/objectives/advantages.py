@@ -50,7 +50,11 @@ def gae(
 
 
 def _discounted_sums(deltas: Tensor, ends: Tensor, factor: float, longest: int) -> Tensor:
-    """sum_k factor^k deltas[t + k] up to each token's sequence end, by doubling: after n rounds a sum spans 2^n tokens."""
+    """sum_k factor^k deltas[t + k] up to each token's sequence end."""
+    if factor == 1.0:
+        onward = torch.cat([deltas.flip(0).cumsum(0).flip(0), deltas.new_zeros(1)])
+        return onward[:-1] - onward[ends]
+    # by doubling: after n rounds a sum spans 2^n tokens
     sums, token = deltas.clone(), torch.arange(len(deltas), device=deltas.device)
     span = 1
     while span < longest:
