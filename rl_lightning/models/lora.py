@@ -26,7 +26,7 @@ class LoRAConfig:
     Attributes:
         rank: of B A.
         alpha: its scale, times `rank`.
-        target_modules: names of the linear layers that get one (`q_proj`, ...); None for all but the output layer.
+        target_modules: names of the linear layers that get one (`q_proj`, ...), not the output layer; None for all but that.
     """
 
     rank: int = 16
@@ -51,7 +51,7 @@ def inject_lora(model: Any, config: LoRAConfig, *, seed: int) -> None:
         seed: of the matrices A; B starts at zero.
 
     Raises:
-        ValueError: the model has no layers of the given names.
+        ValueError: the model has no layers of the given names, or one of them is its output layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -61,6 +61,13 @@ def inject_lora(model: Any, config: LoRAConfig, *, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=sorted(targets)), model)
+    head = model.get_output_embeddings()
+    for name, layer in _adapted(model).items():
+        if layer.weight is head.weight:  # what tokens are scored with, and in an embedding that is tied to it
+            raise ValueError(
+                f"lora.target_modules names {name}, whose weight is that of the output layer, which cannot have an adapter: "
+                f"leave it out"
+            )
 
 
 def has_lora(model: Any) -> bool:

@@ -26,6 +26,9 @@ NEW_WEIGHTS = ("score.weight", "score.bias")
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
+LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+"""Layers whose tokens meet in attention only. Others (`conv`, `mamba`, `linear_attention`, ...) would mix packed sequences."""
+
 
 def load_packed(
     path: str, dtype: torch.dtype, auto_class: Any = None, *, sharding: Sharding | None = None, **options: Any
@@ -130,6 +133,23 @@ def check_supported(model: PreTrainedModel) -> None:
     transforms = [key for key in LOGIT_TRANSFORMS if getattr(model.config, key, None) not in (None, 1.0)]
     if transforms:
         raise ValueError(f"{name} transforms its logits ({', '.join(transforms)}), which packed scoring does not do")
+    if between := _before_output(model):
+        raise ValueError(f"{name} has weights before its output layer ({between[0]}, ...), which packed scoring leaves out")
+    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(LAYER_TYPES))
+    if others:
+        raise ValueError(
+            f"{name} has layers of {', '.join(others)}, which would mix the tokens of sequences that are packed end to end: "
+            f"take a model with full or sliding attention in all layers"
+        )
+
+
+def _before_output(model: Any) -> list[str]:
+    """Names of what stands between the last hidden state and the output layer, where there is one."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    known = {id(p) for module in (model.base_model, head) for p in module.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in known]
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:

@@ -184,5 +184,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_adapted_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match="lora.rank=0"):
         LoRAConfig(rank=0)
+    for name in ("lm_head", "embed_tokens"):  # tied here: the embedding's adapter would change the engines' output layer alone
+        module = make_module(folder, lora=LoRAConfig(target_modules=("q_proj", name)))
+        with pytest.raises(ValueError, match=rf"lora.target_modules names .*{name}, whose weight is that of the output layer"):
+            module.configure_model()
     with pytest.raises(ValueError, match="no_such_layer"):
         make_module(folder, lora=LoRAConfig(target_modules=("no_such_layer",))).configure_model()

@@ -14,6 +14,7 @@ from rl_lightning.batching import layout as layouts
 from rl_lightning.batching.layout import PackedLayout
 from rl_lightning.batching.micro_batch import make_micro_batch
 from rl_lightning.models.logprobs import token_logprobs
+from rl_lightning.models.packed_model import check_supported
 from rl_lightning.types import Batch
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -110,6 +111,18 @@ def test_a_model_that_transforms_its_logits_is_refused(tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, final_logit_softcapping=30.0))
     with pytest.raises(ValueError, match="LlamaForCausalLM transforms its logits .final_logit_softcapping."):
         module.configure_model()
+
+
+def test_a_model_that_packing_would_score_otherwise_is_refused() -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    hybrid = transformers.Lfm2Config(**shape, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, which would mix the tokens of sequences"):
+        check_supported(transformers.Lfm2ForCausalLM(hybrid))
+    with_head = transformers.ModernBertDecoderConfig(**shape, pad_token_id=0)
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM has weights before its output layer .lm_head.dense"):
+        check_supported(transformers.ModernBertDecoderForCausalLM(with_head))
 
 
 def test_attention_blocks_are_few_and_cover_every_token_once() -> None:
