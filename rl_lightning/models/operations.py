@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rl_lightning.batching.micro_batch import MicroBatch
 
@@ -18,7 +18,7 @@ class Operations:
     multiplied only to be masked, does not.
 
     Attributes:
-        weights: of the decoder layers' matrices, which every token goes through.
+        weights: of the decoder layers' matrices that a token goes through: of a mixture's experts as many as it is sent to.
         trained_weights: those of them that get a gradient.
         head: weights of the output layer, for tokens that predict a target.
         trained_head: those of them that get a gradient.
@@ -40,8 +40,8 @@ class Operations:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
-            weights=sum(p.numel() for p in matrices),
-            trained_weights=sum(p.numel() for p in matrices if p.requires_grad),
+            weights=sum(_used(p, config) for p in matrices),
+            trained_weights=sum(_used(p, config) for p in matrices if p.requires_grad),
             head=head.weight.numel(),
             trained_head=head.weight.numel() if head.weight.requires_grad else 0,
             pair=2 * config.num_hidden_layers * heads * head_dim,
@@ -56,3 +56,9 @@ class Operations:
         """Of a forward and a backward pass: as much again for the gradients of activations, and of weights that are trained."""
         of_weights = self.trained_weights * micro.layout.n_tokens + self.trained_head * len(micro.predictors)
         return 2.0 * self.forward(micro) + 2.0 * (of_weights + self.pair * micro.layout.n_pairs)
+
+
+def _used(matrix: Tensor, config: Any) -> int:
+    """Weights of `matrix` that a token is multiplied with; those of experts are (experts, out, in)."""
+    n_experts = len(matrix) if matrix.dim() == 3 else 1
+    return matrix.numel() // n_experts * min(n_experts, getattr(config, "num_experts_per_tok", None) or n_experts)

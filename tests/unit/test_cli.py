@@ -214,6 +214,7 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
             ["--trainer.accumulate_grad_batches=4"],
             "trainer.accumulate_grad_batches=4: use a larger data.batch_size instead",
         ),
+        (None, ["--trainer.precision=bf16-true"], "trainer.precision=bf16-true would round batches too: set model.dtype"),
         (None, ["--data.max_concurrent_rollouts=0"], "max_concurrent_rollouts=0 must be at least 1"),
         (None, ["--data.num_engines=0"], "num_engines=0 must be positive"),
         (None, ["--data.reward_timeout_s=-1"], "reward_timeout_s=-1.0 must be positive"),

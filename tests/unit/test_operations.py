@@ -49,6 +49,16 @@ def test_matrix_products_are_those_that_torch_counts(tmp_path: Path, share: bool
     assert counted == expected
 
 
+def test_a_token_goes_through_the_experts_that_it_is_sent_to() -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 50, "num_experts": 8, "num_experts_per_tok": 2}
+    operations = Operations.of(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape)))
+    attention, router, expert = 32 * (32 + 16 + 16 + 32), 32 * 8, 3 * 32 * 16
+    assert operations.weights == operations.trained_weights == attention + router + 2 * expert
+
+
 def test_frozen_weights_take_no_gradient(tmp_path: Path) -> None:
     module = AsyncPPOModule(write_model(tmp_path), dtype="float64", lora=LoRAConfig(rank=2))
     module.configure_model()
