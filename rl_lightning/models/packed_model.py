@@ -153,10 +153,13 @@ def _before_output(model: Any) -> list[str]:
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:
-    """Log-probabilities of the trainer must be those of the engine, which drops nothing."""
-    layer: Any
+    """Log-probabilities of the trainer must be those of the engine, which drops nothing and adds no noise.
+
+    Models keep such rates in layers of their own or as plain numbers (`residual_dropout`, `layerdrop`, `jitter_noise`, ...).
+    """
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
-        if hasattr(layer, "attention_dropout"):
-            layer.attention_dropout = 0.0
+        for name, value in vars(layer).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(layer, name, 0.0)

@@ -14,7 +14,7 @@ from rl_lightning.batching import layout as layouts
 from rl_lightning.batching.layout import PackedLayout
 from rl_lightning.batching.micro_batch import make_micro_batch
 from rl_lightning.models.logprobs import token_logprobs
-from rl_lightning.models.packed_model import check_supported
+from rl_lightning.models.packed_model import check_supported, turn_off_dropout
 from rl_lightning.types import Batch
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,6 +123,19 @@ def test_a_model_that_packing_would_score_otherwise_is_refused() -> None:
     with_head = transformers.ModernBertDecoderConfig(**shape, pad_token_id=0)
     with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM has weights before its output layer .lm_head.dense"):
         check_supported(transformers.ModernBertDecoderForCausalLM(with_head))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"), [("Starcoder2", ("residual_dropout", "embedding_dropout")), ("OPT", ("dropout", "layerdrop"))]
+)
+def test_rates_that_models_keep_as_numbers_are_turned_off(kind: str, rates: tuple[str, ...]) -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "word_embed_proj_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(**shape, num_key_value_heads=2, **dict.fromkeys(rates, 0.5))
+    model, tokens = getattr(transformers, f"{kind}ForCausalLM")(config), torch.arange(1, 9).unsqueeze(0)
+    turn_off_dropout(model)
+    assert torch.equal(model.train()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
 
 
 def test_attention_blocks_are_few_and_cover_every_token_once() -> None:
