@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rl_lightning.batching.micro_batch import MicroBatch
+from rl_lightning.models.layers import decoder_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Operations:
     def of(cls, module: nn.Module) -> Operations:
         """Those of the model of transformers that `module` is or holds; of the whole of it where it is cut over ranks."""
         model: Any = next(m for m in module.modules() if hasattr(m, "base_model"))
-        config, head = model.config, getattr(model, "score", None) or model.get_output_embeddings()
-        matrices = [p for p in model.base_model.layers.parameters() if p.dim() > 1]
+        config, head = model.config.get_text_config(), getattr(model, "score", None) or model.get_output_embeddings()
+        matrices = [p for layer in decoder_layers(model.get_decoder()) for p in layer.parameters() if p.dim() > 1]
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(

@@ -130,12 +130,13 @@ def check_supported(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not use transformers' attention interface, so it cannot be trained without padding")
-    transforms = [key for key in LOGIT_TRANSFORMS if getattr(model.config, key, None) not in (None, 1.0)]
+    config = model.config.get_text_config()  # of a model that sees or hears as well, the part that reads and writes
+    transforms = [key for key in LOGIT_TRANSFORMS if getattr(config, key, None) not in (None, 1.0)]
     if transforms:
         raise ValueError(f"{name} transforms its logits ({', '.join(transforms)}), which packed scoring does not do")
     if between := _before_output(model):
         raise ValueError(f"{name} has weights before its output layer ({between[0]}, ...), which packed scoring leaves out")
-    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(LAYER_TYPES))
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if others:
         raise ValueError(
             f"{name} has layers of {', '.join(others)}, which would mix the tokens of sequences that are packed end to end: "

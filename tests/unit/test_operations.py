@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
-from training_samples import Alone, fit, make_batch, write_model
+from training_samples import Alone, fit, make_batch, model_with_eyes, write_model
 
 from rl_lightning.batching.layout import PackedLayout
 from rl_lightning.batching.micro_batch import make_micro_batch
@@ -57,6 +57,15 @@ def test_a_token_goes_through_the_experts_that_it_is_sent_to() -> None:
     operations = Operations.of(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape)))
     attention, router, expert = 32 * (32 + 16 + 16 + 32), 32 * 8, 3 * 32 * 16
     assert operations.weights == operations.trained_weights == attention + router + 2 * expert
+
+
+def test_models_of_other_make_are_counted() -> None:
+    import transformers
+
+    gpt2 = Operations.of(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)))
+    assert (gpt2.weights, gpt2.head, gpt2.pair) == (2 * 12 * 32 * 32, 50 * 32, 2 * 2 * 32)
+    gemma = Operations.of(model_with_eyes())  # those of its language model alone
+    assert (gemma.weights, gemma.pair) == (2 * (2 * 32 * (32 + 16) + 3 * 32 * 48), 2 * 2 * 32)
 
 
 def test_frozen_weights_take_no_gradient(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_samples import Alone, make_batch, norm_in_float64, padded_logprobs, write_model
+from training_samples import Alone, make_batch, model_with_eyes, norm_in_float64, padded_logprobs, write_model
 
 from rl_lightning.batching import layout as layouts
 from rl_lightning.batching.layout import PackedLayout
@@ -111,6 +111,8 @@ def test_a_model_that_transforms_its_logits_is_refused(tmp_path: Path) -> None:
     module = Alone(write_model(tmp_path, final_logit_softcapping=30.0))
     with pytest.raises(ValueError, match="LlamaForCausalLM transforms its logits .final_logit_softcapping."):
         module.configure_model()
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration transforms its logits .final_logit_softcapping."):
+        check_supported(model_with_eyes(final_logit_softcapping=30.0))
 
 
 def test_a_model_that_packing_would_score_otherwise_is_refused() -> None:

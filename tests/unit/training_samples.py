@@ -32,6 +32,17 @@ def write_model(folder: Path, kind: str = "llama", **options: Any) -> str:
     return str(folder)
 
 
+def model_with_eyes(**options: Any) -> Any:
+    """A random Gemma 3 whose language model is a part of it, with `options`."""
+    import transformers
+
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**shape, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY, "query_pre_attn_scalar": 8, **options}
+    eyes = {**shape, "image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def make_groups(
     seed: int = 0,
     n_groups: int = 3,
