@@ -53,7 +53,7 @@ def packed_attention(
         query: (1, heads, N, head_dim).
         key: (1, kv_heads, N, head_dim).
         value: (1, kv_heads, N, head_dim).
-        attention_mask: not used; the layout says which token sees which.
+        attention_mask: None with a layout, which says which token sees which.
         scaling: factor on the scores.
         sliding_window: a token sees only so many last positions.
         layout: of the N tokens; without one the tokens are plain causal sequences.
@@ -62,7 +62,7 @@ def packed_attention(
         (1, N, heads, head_dim) and None (no attention weights).
 
     Raises:
-        ValueError: the layer asks for soft-capping or attention sinks, which packed attention does not have.
+        ValueError: the layer asks for soft-capping, attention sinks or a mask of its own, which packed attention does not have.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError(
@@ -71,6 +71,8 @@ def packed_attention(
     if layout is None:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2), None
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} chooses what a token sees by a mask of its own, which packed attention lacks")
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

@@ -127,6 +127,18 @@ def test_a_model_that_packing_would_score_otherwise_is_refused() -> None:
         check_supported(transformers.ModernBertDecoderForCausalLM(with_head))
 
 
+def test_attention_by_a_mask_of_the_model_is_refused(tmp_path: Path) -> None:
+    """Doge drops from a token's past what it thinks little of."""
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    transformers.DogeForCausalLM(transformers.DogeConfig(**shape, keep_window_size=3)).save_pretrained(tmp_path)
+    module = Alone(str(tmp_path))
+    module.configure_model()
+    with pytest.raises(ValueError, match="DogeAttention chooses what a token sees by a mask of its own"):
+        scored(module, make_batch(), False)
+
+
 @pytest.mark.parametrize(
     ("kind", "rates"), [("Starcoder2", ("residual_dropout", "embedding_dropout")), ("OPT", ("dropout", "layerdrop"))]
 )
