@@ -75,8 +75,6 @@ class SGLangEngine:
             older weights. For servers that can be held; one that lets go of its memory keeps nothing.
     """
 
-    transports: tuple[str, ...]
-
     def __init__(
         self,
         url: str | None = None,
@@ -103,7 +101,6 @@ class SGLangEngine:
             raise ValueError(
                 f"SGLangEngine got both keep_cache and server_args.{clash[0]}: such a server cannot be held; drop one"
             )
-        self.transports = transports_for(url, device, server_args or {}, colocated=colocated)
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
@@ -125,6 +122,11 @@ class SGLangEngine:
         self._answered_s = 0.0
 
     # -- Engine
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """See `Engine.transports`; device `auto` is taken for that of the process that asks."""
+        return transports_for(self.url, self.device, self.server_args, colocated=self.colocated)
 
     @property
     def target(self) -> WeightTarget:

@@ -142,7 +142,8 @@ class RolloutDataModule(FleetOwner):
         self.success_rates = (success_rate_lb, success_rate_ub)
         self.group_filter, self.max_rejections = group_filter, max_rejections
         self.workflow = workflow or SingleTurnWorkflow()
-        self.transport_name = choose_transport(self.engine, weight_transport)
+        choose_transport(self.engine, weight_transport)  # refuses one that does not work, before anything starts
+        self.weight_transport = weight_transport
         self.sync_timeout_s, self.batch_timeout_s, self.lease_timeout_s = sync_timeout_s, batch_timeout_s, lease_timeout_s
         self.start_timeout_s, self.worker_timeout_s = start_timeout_s, worker_timeout_s
         self.reward_timeout_s, self.reward_memory_gb, self.reward_processes = reward_timeout_s, reward_memory_gb, reward_processes
@@ -178,6 +179,11 @@ class RolloutDataModule(FleetOwner):
     def steps_per_epoch(self) -> int:
         """Training steps of one pass over the prompts, the last one filled up from the next epoch."""
         return math.ceil(len(self.prompts) / self.batch_size)
+
+    @property
+    def transport_name(self) -> str:
+        """How weights travel; `auto` is decided by the rank that sends them, as the driver's node may have no GPU."""
+        return choose_transport(self.engine, self.weight_transport)
 
     # -- FleetOwner
 
