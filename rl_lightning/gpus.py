@@ -43,6 +43,11 @@ def apply_allocation(config: Any) -> None:
                 f"run.allocation_mode={mode} has no generation part, which {config.data.class_path} needs: "
                 f"write sglang.d1p1m1+{mode}"
             )
+        if allocation.colocated and config.run.n_nodes > 1:
+            raise ValueError(
+                f"run.allocation_mode={mode} has engines beside ranks on n_nodes={config.run.n_nodes} nodes, where weights reach "
+                f"only those of the first rank's node: give each side GPUs of its own with '+', or take one node"
+            )
         _apply_generation(data, allocation, mode)
         if config.trainer.accelerator != "cpu":
             _apply_engine_gpus(data, allocation, mode)

@@ -26,6 +26,7 @@ from rl_lightning.types import RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.rollout.fleet import Check, RolloutFleet
     from rl_lightning.strategies.demand import Demand
@@ -208,9 +209,10 @@ class RolloutDataModule(FleetOwner):
 
         each = {"CPU": self.cpus_per_engine, "GPU": self._gpus_per_engine()}
         options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
-        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
+        colocated = getattr(self.engine, "colocated", False)
+        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options, beside_ranks=colocated)
 
-    def launch(self, check: Check) -> RolloutFleet:
+    def launch(self, check: Check, places: PlacementGroup | None = None) -> RolloutFleet:
         """See `FleetOwner.launch`."""
         from rl_lightning.prompts.source import PromptSource
         from rl_lightning.rewards.pool import RewardPool
@@ -233,6 +235,7 @@ class RolloutDataModule(FleetOwner):
             pool,
             getattr(self._trainer.strategy, "env_vars", {}),
             check,
+            places,
         )
 
     # -- LightningDataModule

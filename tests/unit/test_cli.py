@@ -444,6 +444,12 @@ def test_colocated_engines_and_ranks_share_each_gpu(n: int, transport: str):
     assert data.gpus_per_engine + strategy.num_gpus_per_worker == 1.0 and strategy.num_gpus_per_worker > 0.5
 
 
+def test_colocation_is_for_one_node():
+    where = ["--run.n_nodes=2", "--run.n_gpus_per_node=2", "--trainer.strategy=ray"]
+    with pytest.raises(ValueError, match="n_nodes=2"):
+        allocate("sglang.d4p1m1|d4p1m1", *where, model=AUTO_ENGINE)
+
+
 def test_a_split_layer_is_trained_by_the_strategy_that_splits_it():
     strategy: Any = allocate("sglang.d4p1m1+d2p1m2", "--trainer.strategy=ray", model=AUTO_ENGINE).trainer.strategy
     assert (type(strategy).__name__, strategy.num_workers, strategy._tensor_parallel_size) == ("RayModelParallelStrategy", 4, 2)
