@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import tempfile
 import threading
 import time
 import weakref
@@ -20,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from rl_lightning.weights import disk
 from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store, serve_store
 from rl_lightning.weights.disk import DiskTransport
@@ -71,6 +74,27 @@ def test_a_version_is_written_once(tmp_path: Path) -> None:
     [first] = transport.stage(1, NamedWeights(WEIGHTS), [X])
     [again] = transport.stage(1, NamedWeights([]), [X])
     assert (again.payload, again.fingerprint) == (first.payload, first.fingerprint)
+
+
+def test_a_run_leaves_the_weights_of_others_alone_and_removes_those_of_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be in another container or on another node: their process ids say nothing here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(disk, "SHARED_MEMORY", tmp_path / "none")
+    dead, theirs = tmp_path / f"{disk.PREFIX}4194999-dead", tmp_path / f"{disk.PREFIX}4194998-live"
+    for folder in (dead, theirs):
+        folder.mkdir()
+    lock = os.open(theirs, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    ours, later = DiskTransport(), DiskTransport()
+    for transport in (ours, later):
+        transport.stage(1, NamedWeights(WEIGHTS), [X])
+    assert theirs.exists() and not dead.exists() and len(list(tmp_path.iterdir())) == 3
+    for transport in (ours, later):
+        transport.close()
+    os.close(lock)
+    assert list(tmp_path.iterdir()) == [theirs]
 
 
 def test_buckets_flatten_to_bytes_that_their_description_takes_apart() -> None:
