@@ -31,24 +31,30 @@ if TYPE_CHECKING:
 POLL_S = 0.002
 REFUSAL_S = 0.1
 CONNECT_TIMEOUT_S = 30.0
+BACKLOG = 4096  # all ranks or engines of a large run connect at once
 
 
 class SyncFailed(RuntimeError):
     """The other side gave up; the message is its reason."""
 
 
-def serve_store(host: str) -> TCPStore:
-    """A store of this process, on a port of `host` that the kernel picks and that is held from the start."""
+def serve_store(host: str, timeout_s: float = CONNECT_TIMEOUT_S, world_size: int | None = None) -> TCPStore:
+    """A store of this process, on a port of `host` that the kernel picks and that is held from the start; IPv4 or IPv6.
+
+    PyTorch by itself would listen at all addresses of the machine.
+    """
     from torch.distributed import TCPStore
 
-    listener = socket.create_server((host, 0), backlog=128)
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, 0), family=family, backlog=BACKLOG)
     port = listener.getsockname()[1]
     return TCPStore(
         host,
         port,
+        world_size,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
     )
 

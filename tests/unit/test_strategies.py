@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from rl_lightning.strategies.job import worker_environment
 from rl_lightning.strategies.launcher import RayLauncher
 from rl_lightning.strategies.place import Place, in_order, number
 from rl_lightning.strategies.progress import ProgressForwarder, ProgressUpdate, ProgressView, replace_bars
+from rl_lightning.strategies.worker import TrainWorker
 
 # -- channel
 
@@ -264,3 +266,19 @@ def test_data_is_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch)
     trainer = Trainer(accelerator="cpu", strategy=RayStrategy(num_workers=1), logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="line 3"):
         RayLauncher(trainer.strategy).launch(print, WithBadData(), trainer=trainer)
+
+
+class WorkerHere(TrainWorker):
+    """Without Ray."""
+
+    def place(self) -> Place:
+        return Place("node", "127.0.0.1", os.getpid())
+
+
+def test_ranks_meet_at_an_address_that_is_not_open_to_more() -> None:
+    worker = WorkerHere()
+    port = worker.open_store(2, 5.0)
+    for host, refused in (("127.0.0.1", False), ("127.0.0.2", True)):
+        expected: Any = pytest.raises(ConnectionRefusedError) if refused else nullcontext()
+        with expected:
+            socket.create_connection((host, port), timeout=5).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -173,6 +174,19 @@ def test_they_are_gathered_to_the_end_though_there_is_no_room_for_them(
     with pytest.raises(OSError, match="no space left"):
         transport.stage(1, weights, [X])
     assert weights.given == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_store_is_served_at_one_address_of_either_kind(host: str) -> None:
+    try:
+        socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    store = serve_store(host)
+    connect_store(host, store.port).set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)
 
 
 @pytest.fixture
