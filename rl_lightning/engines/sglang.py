@@ -12,6 +12,7 @@ from rl_lightning.engines.answer import Answer, Decode
 from rl_lightning.engines.engine import EngineError, UpdateGivenUpError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
+from rl_lightning.engines.open_files import raise_open_files
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang_args import (
     check_server_args,
@@ -135,6 +136,7 @@ class SGLangEngine:
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
+        raise_open_files()
         self._model_path, self._decoder = model_path, None
         self._cache = uuid.uuid4().hex  # a server may outlive its engine, and versions begin again
         self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()
