@@ -21,6 +21,7 @@ from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.result import RunResult, collect
 from rl_lightning.strategies.stop_gate import AGREEMENT_TIMEOUT_S, StopGate
 from rl_lightning.weights.channel import serve_store
+from rl_lightning.weights.interface import name_interface
 
 if TYPE_CHECKING:
     from rl_lightning.strategies.ranks import RayRanks
@@ -50,6 +51,7 @@ class TrainWorker:
     def run(self, job: Job, rank: Rank, channel: Any) -> RunResult | WorkerFailure:
         """Runs the trainer's function; what it raises comes back as a value, whether it pickles or not."""
         job.prepare_process()
+        name_interface(self.place().address)
         _announce_rank(rank)
         sender = EventSender(channel)
         forward_logging(sender, rank.index, job.log_levels)
