@@ -189,6 +189,24 @@ def test_a_store_is_served_at_one_address_of_either_kind(host: str) -> None:
         socket.create_connection(("127.0.0.2", store.port), timeout=5)
 
 
+def test_nothing_is_left_in_the_store_of_what_was_said_in_a_transfer() -> None:
+    store, engines, deadline = serve_store("127.0.0.1"), range(3), time.monotonic() + 60
+    before = store.num_keys()
+    trainer, engine = SyncChannel(store, "sync0"), SyncChannel(connect_store("127.0.0.1", store.port), "sync0")
+    for i in engines:
+        engine.report_group(i, "")
+    trainer.groups(engines, deadline)
+    trainer.go("group")
+    for i in engines:
+        trainer.give_bucket(0, i, ["handle"])
+        engine.report_taken(0, i)
+    trainer.tell_fingerprint({})
+    trainer.watch(lambda: trainer.is_taken(0, engines), deadline, "the engines")
+    trainer.watch(lambda: engine.poll_fingerprint() == {} and engine.poll_go() == "group", deadline, "the trainer")
+    trainer.clear()
+    assert store.num_keys() == before
+
+
 @pytest.fixture
 def transport() -> Iterator[DistributedTransport]:
     transport = DistributedTransport(backend="gloo", host="127.0.0.1")
