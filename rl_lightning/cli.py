@@ -32,7 +32,7 @@ from rl_lightning.callbacks.rollout_log import RolloutLog
 from rl_lightning.callbacks.run_log import RunLog
 from rl_lightning.callbacks.throughput import Throughput
 from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, find_cause, may_be_mended_by_restart
-from rl_lightning.gpus import apply_allocation
+from rl_lightning.gpus import apply_allocation, leave_gpus_to_ranks
 from rl_lightning.parser import RunArgumentParser
 from rl_lightning.run import RunConfig
 from rl_lightning.strategies.stop_signals import EXIT_CODE_OF_SIGTERM
@@ -103,13 +103,14 @@ class RLCLI(LightningCLI):
     # -- construction
 
     def before_instantiate_classes(self) -> None:
-        """Notes which checkpoint to start from and spreads `allocation_mode` over engines and trainer ranks."""
+        """Notes which checkpoint to start from and spreads `allocation_mode` and GPUs over engines and trainer ranks."""
         config = self._options()
         self._start_from = config.get("ckpt_path")
         if "ckpt_path" in config:
             config.ckpt_path = None  # the saved configuration repeats the run from its start
         if config.run.allocation_mode is not None:
             apply_allocation(config)
+        leave_gpus_to_ranks(config.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with this run's loggers and callbacks beside the user's."""

@@ -16,6 +16,8 @@ RAY, RAY_MODEL_PARALLEL = "rl_lightning.strategies.ray.RayStrategy", "rl_lightni
 TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.4
 """Of a GPU, for Ray. Two trainer ranks do not fit on one: ranks, which are placed first, leave room for an engine on each."""
 
+NAMED = {"ray": RAY, "ray_model_parallel": RAY_MODEL_PARALLEL}
+
 T = TypeVar("T", int, float)
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,35 @@ def apply_allocation(config: Any) -> None:
                 f"run.allocation_mode={mode} has no generation part, which {config.data.class_path} needs: "
                 f"write sglang.d1p1m1+{mode}"
             )
+        if allocation.colocated and config.run.n_nodes > 1:
+            raise ValueError(
+                f"run.allocation_mode={mode} has engines beside ranks on n_nodes={config.run.n_nodes} nodes, where weights reach "
+                f"only those of the first rank's node: give each side GPUs of its own with '+', or take one node"
+            )
         _apply_generation(data, allocation, mode)
         if config.trainer.accelerator != "cpu":
             _apply_engine_gpus(data, allocation, mode)
     _apply_training(config.trainer, allocation, mode)
+
+
+def leave_gpus_to_ranks(trainer: Any) -> None:
+    """Has ranks in Ray actors ask for GPUs that this machine, a cluster's head for example, lacks: Lightning refuses them.
+
+    Args:
+        trainer: its options.
+    """
+    import torch
+
+    if trainer.accelerator not in ("cuda", "gpu") or torch.cuda.is_available():
+        return
+    if isinstance(strategy := trainer.strategy, str):
+        if strategy not in NAMED:
+            return
+        strategy = trainer.strategy = Namespace(class_path=NAMED[strategy], init_args=Namespace())
+    if strategy.class_path.rpartition(".")[2].startswith("Ray"):
+        trainer.accelerator = "auto"
+        if strategy.init_args.get("num_gpus_per_worker") is None:
+            strategy.init_args.num_gpus_per_worker = 1.0
 
 
 def _apply_generation(data: Any, allocation: Allocation, mode: str) -> None:

@@ -40,11 +40,12 @@ class Engine(Protocol):
     An instance is configured in the driver, pickled, and started in the worker's process; `__init__` therefore only
     stores its settings.  All methods run on the worker's event loop and must not block it.  Every wait inside has a
     deadline and raises `EngineError` when it passes.
-
-    `transports` names the weight transports the engine can receive, preferred first.
     """
 
-    transports: tuple[str, ...]
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Weight transports that the engine can receive, preferred first, as far as the process that asks can tell."""
+        ...
 
     @property
     def target(self) -> WeightTarget:

@@ -17,18 +17,18 @@ class OwnedFolder:
 
     Args:
         prefix: of its name, and of no folder that is not one of these: those of this user without an owner are removed.
+        parent: where it is made; null is the temporary directory.
 
     Attributes:
         path: where it is.
     """
 
-    def __init__(self, prefix: str) -> None:
-        for abandoned in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            _remove_unowned(abandoned)
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        remove_abandoned(prefix, parent)
         self._lock: int | None = None
         taken = False
         while not taken:  # another process that makes one may find this one without a lock, and remove it
-            self.path = Path(tempfile.mkdtemp(prefix=prefix))
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             try:
                 self._lock = _lock(self.path)
                 taken = self._lock is not None
@@ -41,6 +41,12 @@ class OwnedFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def remove_abandoned(prefix: str, parent: Path | None = None) -> None:
+    """Removes this user's folders called `prefix`... whose owners were killed; `parent` None is the temporary directory."""
+    for folder in (parent or Path(tempfile.gettempdir())).glob(f"{prefix}*"):
+        _remove_unowned(folder)
 
 
 def _remove_unowned(folder: Path) -> None:

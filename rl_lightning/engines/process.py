@@ -24,13 +24,13 @@ class ServerProcess:
 
     Args:
         command: program and arguments.
-        log_path: takes what it prints.
+        log_path: takes what it prints; made for this user alone, as servers may print their settings.
         env: changes to this process's environment.
     """
 
     def __init__(self, command: Sequence[str], log_path: Path, env: Mapping[str, str] | None = None) -> None:
         self.log_path = log_path
-        with log_path.open("ab") as log:
+        with open(log_path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -63,12 +63,6 @@ class ServerProcess:
             log.seek(max(0, self.log_path.stat().st_size - n_bytes))
             return log.read().decode(errors="replace").strip()
 
-    def kill(self) -> None:
-        """Kills the whole group at once, and returns when the server itself is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-
     def survivors(self) -> list[int]:
         """Processes of the group that still run."""
         import psutil
@@ -86,9 +80,10 @@ class ServerProcess:
         Raises:
             TimeoutError: something outlives even the kill (a process stuck in the kernel).
         """
-        self.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         deadline = time.monotonic() + gone_within_s
-        while left := self.survivors():
+        while (left := self.survivors()) or self.running():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"processes {left} of server {self.pid} outlived SIGKILL for {gone_within_s:.0f} s")
             time.sleep(POLL_S)

@@ -12,6 +12,7 @@ from rl_lightning.engines.answer import Answer, Decode
 from rl_lightning.engines.engine import EngineError, UpdateGivenUpError
 from rl_lightning.engines.gate import GenerationGate
 from rl_lightning.engines.in_flight import InFlight, versions_of
+from rl_lightning.engines.open_files import raise_open_files
 from rl_lightning.engines.prefix import PrefixSharing
 from rl_lightning.engines.sglang_args import (
     check_server_args,
@@ -75,8 +76,6 @@ class SGLangEngine:
             older weights. For servers that can be held; one that lets go of its memory keeps nothing.
     """
 
-    transports: tuple[str, ...]
-
     def __init__(
         self,
         url: str | None = None,
@@ -103,7 +102,6 @@ class SGLangEngine:
             raise ValueError(
                 f"SGLangEngine got both keep_cache and server_args.{clash[0]}: such a server cannot be held; drop one"
             )
-        self.transports = transports_for(url, device, server_args or {}, colocated=colocated)
         self.url, self.api_key, self.dtype, self.device = url, api_key, dtype, device
         self.server_args = dict(server_args or {})
         self.start_timeout_s, self.request_timeout_s, self.sync_timeout_s = start_timeout_s, request_timeout_s, sync_timeout_s
@@ -127,12 +125,18 @@ class SGLangEngine:
     # -- Engine
 
     @property
+    def transports(self) -> tuple[str, ...]:
+        """See `Engine.transports`; device `auto` is taken for that of the process that asks."""
+        return transports_for(self.url, self.device, self.server_args, colocated=self.colocated)
+
+    @property
     def target(self) -> WeightTarget:
         """See `Engine.target`."""
         return self._target
 
     async def start(self, model_path: str) -> None:
         """See `Engine.start`. An attached server must have loaded the model itself."""
+        raise_open_files()
         self._model_path, self._decoder = model_path, None
         self._cache = uuid.uuid4().hex  # a server may outlive its engine, and versions begin again
         self._gate, self._prefixes, self._flight = GenerationGate(), PrefixSharing(self._prefill), InFlight()

@@ -72,6 +72,10 @@ class SGLangProcess(ServerProcess):
         finally:
             self._leave_nothing()
 
+    def tail(self, n_bytes: int = 2000) -> str:
+        """See `ServerProcess.tail`; without the key, for errors are written to logs that others read."""
+        return super().tail(n_bytes).replace(self.api_key, "***")
+
     def _leave_nothing(self) -> None:
         self._port.close()
         self._folder.remove()

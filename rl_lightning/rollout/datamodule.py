@@ -26,6 +26,7 @@ from rl_lightning.types import RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.rollout.fleet import Check, RolloutFleet
     from rl_lightning.strategies.demand import Demand
@@ -142,7 +143,8 @@ class RolloutDataModule(FleetOwner):
         self.success_rates = (success_rate_lb, success_rate_ub)
         self.group_filter, self.max_rejections = group_filter, max_rejections
         self.workflow = workflow or SingleTurnWorkflow()
-        self.transport_name = choose_transport(self.engine, weight_transport)
+        choose_transport(self.engine, weight_transport)  # refuses one that does not work, before anything starts
+        self.weight_transport = weight_transport
         self.sync_timeout_s, self.batch_timeout_s, self.lease_timeout_s = sync_timeout_s, batch_timeout_s, lease_timeout_s
         self.start_timeout_s, self.worker_timeout_s = start_timeout_s, worker_timeout_s
         self.reward_timeout_s, self.reward_memory_gb, self.reward_processes = reward_timeout_s, reward_memory_gb, reward_processes
@@ -179,6 +181,11 @@ class RolloutDataModule(FleetOwner):
         """Training steps of one pass over the prompts, the last one filled up from the next epoch."""
         return math.ceil(len(self.prompts) / self.batch_size)
 
+    @property
+    def transport_name(self) -> str:
+        """How weights travel; `auto` is decided by the rank that sends them, as the driver's node may have no GPU."""
+        return choose_transport(self.engine, self.weight_transport)
+
     # -- FleetOwner
 
     def check_run(self, stage: str) -> None:
@@ -202,9 +209,10 @@ class RolloutDataModule(FleetOwner):
 
         each = {"CPU": self.cpus_per_engine, "GPU": self._gpus_per_engine()}
         options = "data.num_engines, min_engines, cpus_per_engine, gpus_per_engine"
-        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options)
+        colocated = getattr(self.engine, "colocated", False)
+        return Demand("engine", self.min_engines if self.fleet is None else 1, each, options, beside_ranks=colocated)
 
-    def launch(self, check: Check) -> RolloutFleet:
+    def launch(self, check: Check, places: PlacementGroup | None = None) -> RolloutFleet:
         """See `FleetOwner.launch`."""
         from rl_lightning.prompts.source import PromptSource
         from rl_lightning.rewards.pool import RewardPool
@@ -227,6 +235,7 @@ class RolloutDataModule(FleetOwner):
             pool,
             getattr(self._trainer.strategy, "env_vars", {}),
             check,
+            places,
         )
 
     # -- LightningDataModule

@@ -18,6 +18,8 @@ from rl_lightning.rollout.worker import WorkerSettings
 from rl_lightning.rollout.worker_actor import RolloutWorkerActor
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from rl_lightning.engines.engine import Engine
     from rl_lightning.prompts.dataset import PromptDataset
     from rl_lightning.prompts.source import PromptSource
@@ -123,12 +125,17 @@ class RolloutFleet:
         rewards: RewardPool,
         env_vars: Mapping[str, str],
         check: Check = lambda: None,
+        places: PlacementGroup | None = None,
     ) -> RolloutFleet:
-        """Starts all actors in the cluster that this process is connected to; waits for the controller, not for the engines."""
+        """Starts all actors in the cluster that this process is connected to; waits for the controller, not for the engines.
+
+        Workers stand in the bundles of `places`, where there are any; the others wherever Ray has room.
+        """
         import ray
 
         from rl_lightning.strategies.cluster import beside_me
         from rl_lightning.strategies.job import worker_environment
+        from rl_lightning.strategies.place import in_bundle
 
         env = {"env_vars": {**worker_environment(), "TOKENIZERS_PARALLELISM": "false", **env_vars}}
         # Workers find the controller by name: Ray cannot restart actors that got a handle as an argument.
@@ -136,16 +143,11 @@ class RolloutFleet:
         options = {"name": name, "runtime_env": env, "max_restarts": -1, **beside_me()}
         handle = ray.remote(RolloutControllerActor).options(**options).remote(source, controller, validation)
         fleet = cls(handle, settings, wanted=settings.min_engines)
-        actor = ray.remote(RolloutWorkerActor).options(
-            num_cpus=settings.cpus_per_engine,
-            num_gpus=settings.gpus_per_engine,
-            max_restarts=-1,
-            max_concurrency=4,
-            runtime_env=env,
-        )
+        actor, each = ray.remote(RolloutWorkerActor), {"num_cpus": settings.cpus_per_engine, "num_gpus": settings.gpus_per_engine}
         for i in range(settings.num_engines):
             named = replace(worker, name=f"worker {i}")
-            fleet.workers[named.name] = actor.remote(named, name, engine, workflow, rewards)
+            placed = actor.options(**each, **in_bundle(places, i), max_restarts=-1, max_concurrency=4, runtime_env=env)
+            fleet.workers[named.name] = placed.remote(named, name, engine, workflow, rewards)
         try:
             fleet.begin(check)
         except BaseException:

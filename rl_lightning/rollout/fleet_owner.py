@@ -15,6 +15,7 @@ from rl_lightning.rollout.errors import RolloutError
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch import Trainer
+    from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.rollout.fleet import Check, RolloutFleet
     from rl_lightning.strategies.demand import Demand
@@ -57,8 +58,11 @@ class FleetOwner(LightningDataModule, ABC):
         """See `Companion`: what the fleet asks of the cluster."""
 
     @abstractmethod
-    def launch(self, check: Check) -> RolloutFleet:
-        """Starts a fleet in the cluster that this process has joined; waits for its controller, not for its engines."""
+    def launch(self, check: Check, places: PlacementGroup | None = None) -> RolloutFleet:
+        """Starts a fleet in the cluster that this process has joined; waits for its controller, not for its engines.
+
+        `places`: see `Companion.start_on_driver`.
+        """
 
     # -- LightningDataModule
 
@@ -104,7 +108,7 @@ class FleetOwner(LightningDataModule, ABC):
         self.trainer = trainer
         self.check_run("fit" if trainer.state.fn == TrainerFn.FITTING else "")
 
-    def start_on_driver(self, check: Check) -> RolloutFleet:
+    def start_on_driver(self, check: Check, places: PlacementGroup | None = None) -> RolloutFleet:
         """Starts controller and workers, or has those of an earlier attempt begin anew."""
         if self.fleet is not None:
             try:
@@ -114,7 +118,7 @@ class FleetOwner(LightningDataModule, ABC):
                 logger.warning("the engines are started again: %s", error)
                 self.fleet.stop()
                 self.fleet = None
-        self.fleet = self.fleet or self._connect_and_launch(check)
+        self.fleet = self.fleet or self._connect_and_launch(check, places)
         return self.fleet
 
     def end_on_driver(self, error: BaseException | None) -> bool:
@@ -137,14 +141,14 @@ class FleetOwner(LightningDataModule, ABC):
 
     # -- inside
 
-    def _connect_and_launch(self, check: Check) -> RolloutFleet:
+    def _connect_and_launch(self, check: Check, places: PlacementGroup | None = None) -> RolloutFleet:
         import ray
 
         from rl_lightning.strategies.cluster import connect
 
         self._connected = not ray.is_initialized()
         connect(self.ray_init)
-        return self.launch(check)
+        return self.launch(check, places)
 
 
 def _may_keep_fleet(error: BaseException) -> bool:

@@ -15,6 +15,8 @@ from rl_lightning.rollout.controller_client import ControllerClient
 from rl_lightning.rollout.outbox import Outbox
 from rl_lightning.rollout.worker import RolloutWorker, WorkerSettings
 from rl_lightning.types import RolloutGroup
+from rl_lightning.weights.channel import own_address
+from rl_lightning.weights.interface import name_interface
 from rl_lightning.weights.transport import WeightTarget, WeightUpdate
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class RolloutWorkerActor:
         import torch
 
         torch.set_num_threads(1)
+        name_interface(own_address())  # for a server that takes weights by gloo
         if os.path.isdir(settings.folder):
             os.chdir(settings.folder)
         self.settings, self.controller = settings, controller

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from ray.util.placement_group import PlacementGroup
 
     from rl_lightning.strategies.demand import Demand
 
@@ -29,10 +30,11 @@ class Companion(Protocol):
     def demand(self) -> Demand:
         """What the actors ask of the cluster that the driver has joined."""
 
-    def start_on_driver(self, check: Callable[[], None]) -> Any:
+    def start_on_driver(self, check: Callable[[], None], places: PlacementGroup | None = None) -> Any:
         """Starts the actors, or takes those of an earlier attempt; returns what the ranks need to reach them.
 
-        `check` is called again and again while it waits, and may raise to give up.
+        `check` is called again and again while it waits, and may raise to give up. In `places` each bundle has room for one
+        rank and one part of a `demand` that is `beside_ranks`; it is None for others.
         """
 
     def end_on_driver(self, error: BaseException | None) -> bool:

@@ -31,12 +31,14 @@ class Demand:
         count: how many there are.
         each: Ray resources of one.
         options: what the user sets to ask for less.
+        beside_ranks: each stands beside a trainer rank, on its node and, where both ask for a part of one, on its GPU.
     """
 
     name: str
     count: int
     each: Mapping[str, float]
     options: str
+    beside_ranks: bool = False
 
     def total(self, resource: str) -> float:
         """Of all parts."""

@@ -28,13 +28,14 @@ class EventSender:
     def __init__(self, channel: Any, interval_s: float = 0.1) -> None:
         self._channel, self._interval_s = channel, interval_s
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
+        self._closing, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
         self._thread.start()
 
     def put(self, event: Event) -> None:
-        """Queues one event."""
-        self._queue.put(event)
+        """Queues one event, unless nobody is left to read it."""
+        if not self._over:
+            self._queue.put(event)
 
     def close(self) -> None:
         """Sends what is left; returns when it has arrived, or after `CALL_TIMEOUT_S`."""
@@ -55,9 +56,10 @@ class EventSender:
             events = [pickle.dumps(event) for event in batch if event is not None]
             try:
                 ray.get(self._channel.report.remote(events), timeout=CALL_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                continue  # a busy machine; they may still arrive
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+                continue  # a busy machine, or a network that is cut for a moment; they may still arrive
             except ray.exceptions.RayError:  # the driver is gone, and with it whoever would read this
+                self._over = True
                 return
 
 

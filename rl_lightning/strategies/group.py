@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl_lightning.strategies.cluster import describe
 from rl_lightning.strategies.demand import Demand
 from rl_lightning.strategies.environment import Placement, Rank
 from rl_lightning.strategies.failures import RayWorkerError
-from rl_lightning.strategies.place import Place, in_order, number
+from rl_lightning.strategies.place import Place, in_bundle, in_order, number
 from rl_lightning.strategies.worker import TrainWorker
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class GroupSettings:
         env: environment variables that must be there before Python starts.
         start_timeout_s: until all are up.
         placement: how nodes are chosen.
+        beside: resources that are kept beside each worker, for others.
     """
 
     num_workers: int
@@ -44,19 +44,26 @@ class GroupSettings:
     env: Mapping[str, str]
     start_timeout_s: float
     placement: Placement = "PACK"
+    beside: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def bundle(self) -> dict[str, float]:
+    def each(self) -> dict[str, float]:
         """Resources of one worker."""
         return {"CPU": self.num_cpus, **({"GPU": self.num_gpus} if self.num_gpus else {})}
 
     @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one place."""
+        both = {name: self.each.get(name, 0.0) + self.beside.get(name, 0.0) for name in {**self.each, **self.beside}}
+        return {name: amount for name, amount in both.items() if amount}
+
+    @property
     def demand(self) -> Demand:
         """What all workers together ask of the cluster."""
-        return Demand("trainer rank", self.num_workers, self.bundle, "num_workers, num_cpus_per_worker, num_gpus_per_worker")
+        return Demand("trainer rank", self.num_workers, self.each, "num_workers, num_cpus_per_worker, num_gpus_per_worker")
 
     def __str__(self) -> str:
-        each = " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in self.bundle.items())
+        each = " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in self.each.items())
         return f"{self.num_workers} training worker{'s' * (self.num_workers != 1)} with {each} each"
 
 
@@ -87,14 +94,10 @@ class WorkerGroup:
         except BaseException:
             remove_placement_group(self.bundles)
             raise
-        strategy = PlacementGroupSchedulingStrategy(self.bundles, placement_group_capture_child_tasks=False)
-        actor = ray.remote(TrainWorker).options(
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_gpus,
-            scheduling_strategy=strategy,
-            runtime_env={"env_vars": dict(settings.env)},
-        )
-        self.workers: list[Any] = [actor.remote() for _ in range(settings.num_workers)]
+        actor, env = ray.remote(TrainWorker), {"env_vars": dict(settings.env)}
+        options = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": env}
+        places = [in_bundle(self.bundles, i) for i in range(settings.num_workers)]
+        self.workers: list[Any] = [actor.options(**options, **place).remote() for place in places]
 
     def await_workers(self) -> None:
         """Returns when all actors are up."""

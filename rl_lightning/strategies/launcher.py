@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
 from rl_lightning.strategies.companion import Companion, find_companion
-from rl_lightning.strategies.demand import await_resources
+from rl_lightning.strategies.demand import ROUNDING, Demand, await_resources
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
@@ -80,13 +80,16 @@ class RayLauncher(_Launcher):
         cluster.connect(self._strategy.ray_init, signals.check)
         signals.install()
         signals.check()
-        settings = self._group_settings()
+        demand = None if companion is None else companion.demand()
+        settings = self._group_settings(demand)
         logger.info("starting %s", settings)
-        demands = [settings.demand, *([companion.demand()] if companion is not None else [])]
+        demands = [settings.demand, *([demand] if demand is not None else [])]
         await_resources(demands, settings.start_timeout_s, signals.check)
 
-        def start_companion() -> Any:
-            return None if companion is None else companion.start_on_driver(signals.check)
+        def start_companion(places: PlacementGroup) -> Any:
+            if companion is None:
+                return None
+            return companion.start_on_driver(signals.check, places if settings.beside else None)
 
         try:
             result = self._train(settings, job, signals, start_companion)
@@ -96,8 +99,10 @@ class RayLauncher(_Launcher):
         self._release(companion, signals.exception() if result is None else None)
         return result
 
-    def _group_settings(self) -> GroupSettings:
+    def _group_settings(self, companion: Demand | None) -> GroupSettings:
         strategy = self._strategy
+        beside = companion.each if companion is not None and companion.beside_ranks else {}
+        apart = strategy.gpus_per_worker + beside.get("GPU", 0.0) > 1 + ROUNDING  # on GPUs of their own
         return GroupSettings(
             num_workers=strategy.num_processes,
             num_cpus=strategy.num_cpus_per_worker,
@@ -105,10 +110,11 @@ class RayLauncher(_Launcher):
             env={**worker_environment(), **strategy.env_vars},
             start_timeout_s=strategy.start_timeout_s,
             placement=strategy.placement,
+            beside={} if apart else beside,
         )
 
     def _train(
-        self, settings: GroupSettings, job: Job, signals: StopSignals, start_companion: Callable[[], Any]
+        self, settings: GroupSettings, job: Job, signals: StopSignals, start_companion: Callable[[PlacementGroup], Any]
     ) -> RunResult | None:
         channel = start_channel(settings.num_workers)
         try:
@@ -116,7 +122,7 @@ class RayLauncher(_Launcher):
             group = WorkerGroup(settings, signals.check, reserved)
             self._strategy.reserved = group.bundles
             try:
-                shared = start_companion()
+                shared = start_companion(group.bundles)
                 group.await_workers()
                 return self._watch(group, channel, replace(job, shared=shared), signals)
             finally:

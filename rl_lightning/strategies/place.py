@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rl_lightning.strategies.environment import Rank
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +41,13 @@ def number(places: list[Place], port: int) -> list[Rank]:
         local[place.node_id] = local.get(place.node_id, -1) + 1
         ranks.append(Rank(i, len(places), local[place.node_id], node, places[0].address, port))
     return ranks
+
+
+def in_bundle(places: PlacementGroup | None, i: int) -> dict[str, Any]:
+    """Options of an actor that stands in bundle i; none where there is no such bundle: Ray then chooses."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    if places is None or i >= places.bundle_count:
+        return {}
+    strategy = PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=i, placement_group_capture_child_tasks=False)
+    return {"scheduling_strategy": strategy}

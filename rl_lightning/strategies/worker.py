@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,8 @@ from rl_lightning.strategies.job import Job
 from rl_lightning.strategies.place import Place
 from rl_lightning.strategies.result import RunResult, collect
 from rl_lightning.strategies.stop_gate import AGREEMENT_TIMEOUT_S, StopGate
+from rl_lightning.weights.channel import serve_store
+from rl_lightning.weights.interface import name_interface
 
 if TYPE_CHECKING:
     from rl_lightning.strategies.ranks import RayRanks
@@ -44,14 +45,13 @@ class TrainWorker:
 
     def open_store(self, world_size: int, timeout_s: float) -> int:
         """Rank 0 only: opens the store of the process group and gives its port, chosen by the kernel and held from then on."""
-        self._store = torch.distributed.TCPStore(
-            self.place().address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
+        self._store = serve_store(self.place().address, timeout_s, world_size)
         return self._store.port
 
     def run(self, job: Job, rank: Rank, channel: Any) -> RunResult | WorkerFailure:
         """Runs the trainer's function; what it raises comes back as a value, whether it pickles or not."""
         job.prepare_process()
+        name_interface(self.place().address)
         _announce_rank(rank)
         sender = EventSender(channel)
         forward_logging(sender, rank.index, job.log_levels)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rl_lightning.weights.transport import Fingerprint, Refusal, Sample, no_refusal
 
@@ -31,24 +31,30 @@ if TYPE_CHECKING:
 POLL_S = 0.002
 REFUSAL_S = 0.1
 CONNECT_TIMEOUT_S = 30.0
+BACKLOG = 4096  # all ranks or engines of a large run connect at once
 
 
 class SyncFailed(RuntimeError):
     """The other side gave up; the message is its reason."""
 
 
-def serve_store(host: str) -> TCPStore:
-    """A store of this process, on a port of `host` that the kernel picks and that is held from the start."""
+def serve_store(host: str, timeout_s: float = CONNECT_TIMEOUT_S, world_size: int | None = None) -> TCPStore:
+    """A store of this process, on a port of `host` that the kernel picks and that is held from the start; IPv4 or IPv6.
+
+    PyTorch by itself would listen at all addresses of the machine.
+    """
     from torch.distributed import TCPStore
 
-    listener = socket.create_server((host, 0), backlog=128)
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, 0), family=family, backlog=BACKLOG)
     port = listener.getsockname()[1]
     return TCPStore(
         host,
         port,
+        world_size,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
     )
 
@@ -100,7 +106,7 @@ class SyncChannel:
         self._store = store
         self._sync = sync
         self._asked_s = 0.0
-        self._long: list[str] = []
+        self._said: set[str] = set()
         self.refusal: Refusal = no_refusal
 
     def report_group(self, engine: int, group: str) -> None:
@@ -115,12 +121,13 @@ class SyncChannel:
     def groups(self, engines: range, deadline: float) -> list[str]:
         """Trainer: what the engines reported. Blocks."""
         keys = [f"{self._sync}/group/{engine}" for engine in engines]
+        self._said.update(keys)
         self.watch(lambda: self._store.check(keys), deadline, "every engine to be ready for weights")
         return [self._store.get(key).decode() for key in keys]
 
     def go(self, group: str) -> None:
         """Trainer: all use `group`."""
-        self._store.set(f"{self._sync}/go", group)
+        self._set("go", group)
 
     def poll_go(self) -> str | None:
         """Engine: the group to use, or None if that is not yet said. Does not block.
@@ -132,7 +139,7 @@ class SyncChannel:
 
     def give_bucket(self, bucket: int, engine: int, handles: Sequence[str]) -> None:
         """Trainer: here is a bucket, one handle for each of the engine's ranks."""
-        self._set_long(f"bucket/{bucket}/{engine}", handles)
+        self._set(f"bucket/{bucket}/{engine}", json.dumps(handles))
 
     def poll_bucket(self, bucket: int, engine: int) -> list[str] | None:
         """Engine: the handles of a bucket, or None if it is not there yet. Does not block.
@@ -154,11 +161,13 @@ class SyncChannel:
 
     def is_taken(self, bucket: int, engines: range) -> bool:
         """Trainer: whether all `engines` have copied it."""
-        return bool(self._store.check([f"{self._sync}/taken/{bucket}/{engine}" for engine in engines]))
+        keys = [f"{self._sync}/taken/{bucket}/{engine}" for engine in engines]
+        self._said.update(keys)
+        return bool(self._store.check(keys))
 
     def tell_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Trainer: every weight was sent."""
-        self._set_long("fingerprint", fingerprint)
+        self._set("fingerprint", json.dumps(fingerprint))
 
     def poll_fingerprint(self) -> Fingerprint | None:
         """Engine: what was sent, or None if that is not yet said. Does not block.
@@ -196,14 +205,14 @@ class SyncChannel:
                 raise SyncFailed(reason)
 
     def clear(self) -> None:
-        """Trainer: nobody will ask any more. The store would keep all that was ever said otherwise."""
-        for key in self._long:
+        """Trainer: nobody will ask any more, save for why it failed. The store would keep all that was ever said otherwise."""
+        for key in self._said:
             self._store.delete_key(key)
-        self._long.clear()
+        self._said.clear()
 
-    def _set_long(self, key: str, value: Any) -> None:
-        self._store.set(f"{self._sync}/{key}", json.dumps(value))
-        self._long.append(f"{self._sync}/{key}")
+    def _set(self, key: str, value: str) -> None:
+        self._store.set(f"{self._sync}/{key}", value)
+        self._said.add(f"{self._sync}/{key}")
 
     def _poll(self, key: str) -> str | None:
         self.expect_more()

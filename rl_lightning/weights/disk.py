@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from rl_lightning.engines.owned_folder import OwnedFolder, remove_abandoned
 from rl_lightning.weights.buckets import fill_buckets, gathered_to_the_end, plan_buckets
 from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker
@@ -20,8 +18,6 @@ from rl_lightning.weights.transport import Fingerprint, Refusal, WeightTarget, W
 SHARD_BYTES = 2**30
 PREFIX = "rl-lightning-weights-"
 SHARED_MEMORY = Path("/dev/shm")
-
-logger = logging.getLogger(__name__)
 
 
 class DiskTransport:
@@ -41,6 +37,7 @@ class DiskTransport:
     def __init__(self, folder: str | Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
         self._given = None if folder is None else Path(folder)
         self._folder: Path | None = None
+        self._owned: OwnedFolder | None = None
         self._shard_bytes = shard_bytes
         self._newest: tuple[int, Path, Fingerprint] | None = None
 
@@ -68,9 +65,12 @@ class DiskTransport:
             return
         for path in self._folder.glob("version*"):
             shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not ours alone
-            self._folder.rmdir()
-        self._folder = self._newest = None
+        if self._owned is not None:
+            self._owned.remove()
+        else:
+            with contextlib.suppress(OSError):  # not ours alone
+                self._folder.rmdir()
+        self._folder = self._newest = self._owned = None
 
     def _write(self, version: int, weights: WeightSource) -> None:
         folder = self._open_folder(sum(spec.nbytes for spec in weights.specs()))
@@ -85,7 +85,8 @@ class DiskTransport:
     def _open_folder(self, n_bytes: int) -> Path:
         if self._folder is None:
             if self._given is None:
-                self._folder = _temporary_folder(n_bytes)
+                self._owned = _temporary_folder(n_bytes)
+                self._folder = self._owned.path
             else:
                 self._given.mkdir(parents=True, exist_ok=True)
                 self._folder = self._given
@@ -110,18 +111,9 @@ def write_shards(folder: Path, weights: WeightSource, shard_bytes: int) -> Finge
     return taker.fingerprint()
 
 
-def _temporary_folder(n_bytes: int) -> Path:
-    """In memory if two versions fit, else on disk. The name tells whose it is, so that the next run can clear up after a kill."""
-    _remove_orphans()
+def _temporary_folder(n_bytes: int) -> OwnedFolder:
+    """In memory if two versions fit, else on disk."""
+    for parent in (SHARED_MEMORY, None):
+        remove_abandoned(PREFIX, parent)
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 3 * n_bytes
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY if roomy else None))
-
-
-def _remove_orphans() -> None:
-    """Folders of trainers that were killed."""
-    for parent in (SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for path in parent.glob(f"{PREFIX}*-*"):
-            owner = path.name.removeprefix(PREFIX).partition("-")[0]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                logger.info("removing weights that a killed run left in %s", path)
-                shutil.rmtree(path, ignore_errors=True)
+    return OwnedFolder(PREFIX, SHARED_MEMORY if roomy else None)

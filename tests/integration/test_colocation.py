@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.fault_run import RANK, WORKER, FaultRun
 from rl_lightning.engines.sglang import SGLangEngine
 from rl_lightning.models.tiny import write_tiny_model
 from tests.integration.roommate_engine import RoommateEngine
@@ -49,3 +51,13 @@ def test_a_server_lets_go_of_its_memory_and_comes_back_with_the_next_weights(tmp
         assert engine.transports == ("tensor", "disk")
     finally:
         running.close()
+
+
+@pytest.mark.slow
+def test_on_a_cluster_an_engine_stands_beside_its_rank(folder: Path) -> None:
+    """The first node has room for the rank, and the driver; only the second one has it for both."""
+    engine = {"class_path": "tests.integration.roommate_engine.RoommateEngine", "init_args": {"diary": str(folder / "diary")}}
+    with FaultRun(folder, [2, 3], data__engine=json.dumps(engine), trainer__max_steps=8, run__recover_mode="disabled") as run:
+        run.wait(lambda: run.steps >= 1, "first step")
+        assert len(run.actors(RANK, node=1)) == len(run.actors(WORKER, node=1)) == 1
+        run.finish()

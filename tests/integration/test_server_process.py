@@ -15,6 +15,7 @@ import pytest
 
 from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
+from rl_lightning.engines.sglang_process import SGLangProcess
 
 NAP = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -34,6 +35,31 @@ def test_a_server_process_takes_its_descendants_with_it(tmp_path: Path) -> None:
     process.stop()
     process.stop()
     assert not process.survivors() and "SIGKILL" in process.cause_of_death() and "up" in process.cause_of_death()
+
+
+class Stuck(ServerProcess):
+    """As one that waits in the kernel, for a GPU's driver for example, and does not die of SIGKILL."""
+
+    def running(self) -> bool:
+        super().running()
+        return True
+
+
+def test_a_server_that_outlives_the_kill_is_told(tmp_path: Path) -> None:
+    process = Stuck([sys.executable, "-c", NAP], tmp_path / "log")
+    with pytest.raises(TimeoutError, match=f"{process.pid}.* outlived SIGKILL"):
+        process.stop(gone_within_s=1.0)
+
+
+def test_what_a_server_prints_is_for_its_user_and_its_key_is_in_no_error(tmp_path: Path) -> None:
+    process = SGLangProcess("m", "cpu", "float32", {}, api_key="secret", log_path=str(tmp_path / "log"))
+    try:
+        assert process.log_path.stat().st_mode & 0o077 == 0
+        with process.log_path.open("a") as log:
+            log.write("server_args={'api_key': 'secret'}")
+        assert "secret" not in process.tail() and "api_key" in process.tail()
+    finally:
+        process.stop()
 
 
 def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from run_samples import SmallData, SmallModule
 
 from rl_lightning.cli import RLCLI, main
+from rl_lightning.gpus import TRAINER_SHARE
 from rl_lightning.models.tiny import write_tiny_model
 from rl_lightning.rewards.exact import exact_match
 from rl_lightning.rewards.reward import WeightedReward
@@ -442,9 +445,38 @@ def test_colocated_engines_and_ranks_share_each_gpu(n: int, transport: str):
     assert data.gpus_per_engine + strategy.num_gpus_per_worker == 1.0 and strategy.num_gpus_per_worker > 0.5
 
 
+def test_colocation_is_for_one_node():
+    where = ["--run.n_nodes=2", "--run.n_gpus_per_node=2", "--trainer.strategy=ray"]
+    with pytest.raises(ValueError, match="n_nodes=2"):
+        allocate("sglang.d4p1m1|d4p1m1", *where, model=AUTO_ENGINE)
+
+
 def test_a_split_layer_is_trained_by_the_strategy_that_splits_it():
     strategy: Any = allocate("sglang.d4p1m1+d2p1m2", "--trainer.strategy=ray", model=AUTO_ENGINE).trainer.strategy
     assert (type(strategy).__name__, strategy.num_workers, strategy._tensor_parallel_size) == ("RayModelParallelStrategy", 4, 2)
+
+
+@pytest.mark.parametrize("strategy", [["ray"], ["RayStrategy", "--trainer.strategy.address=auto"]])
+@pytest.mark.parametrize(("mode", "gpus"), [("sglang.d2p1m1+d2p1m1", 1.0), ("sglang.d4p1m1|d4p1m1", TRAINER_SHARE)])
+def test_a_driver_without_gpus_leaves_them_to_the_ranks(strategy: list[str], mode: str, gpus: float):
+    name, *options = strategy
+    where = ["--run.n_gpus_per_node=4", f"--trainer.strategy={name}", *options, "--trainer.accelerator=cuda"]
+    trained: Any = allocate(mode, *where, "--trainer.precision=bf16-mixed", model=AUTO_ENGINE).trainer.strategy
+    assert trained.gpus_per_worker == gpus
+
+
+def test_without_ray_there_are_no_gpus_but_those_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MisconfigurationException, match="accelerator"):
+        RLCLI([*SMALL, "--trainer.accelerator=cuda"], run=False)
+
+
+def test_the_rank_that_sends_weights_says_how_they_travel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    data: Any = RLCLI([*AUTO_ENGINE, "--trainer.strategy=ray"], run=False).datamodule
+    assert data.transport_name == "disk"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # on a node of GPUs, which a driver's need not be
+    assert pickle.loads(pickle.dumps(data)).transport_name == "distributed"
 
 
 def test_on_a_cpu_no_gpus_are_asked_for():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
+import resource
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -337,6 +339,30 @@ def test_a_server_that_was_started_anew_cannot_be_held_any_more() -> None:
 
     with pytest.raises(EngineError, match="http://held cannot be held any more"):
         asyncio.run(scenario())
+
+
+def test_an_engine_may_have_more_connections_than_the_shell_that_ray_was_started_in() -> None:
+    async def scenario() -> int:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+        with pytest.raises(EngineError, match="not ready"):
+            await SGLangEngine(url, start_timeout_s=0.2).start("m")
+        opened = await asyncio.gather(*(asyncio.open_connection(*server.sockets[0].getsockname()) for _ in range(50)))
+        for _, writer in opened:
+            writer.close()
+        server.close()
+        return len(opened)
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        assert asyncio.run(scenario()) == 50
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_server_that_cannot_be_started_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

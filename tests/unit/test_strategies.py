@@ -8,6 +8,8 @@ import os
 import pickle
 import socket
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +18,19 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from rl_lightning.failure import may_be_mended_by_restart
 from rl_lightning.strategies import RayStrategy, cluster
 from rl_lightning.strategies.channel import RunChannel
 from rl_lightning.strategies.demand import Demand, shortage
-from rl_lightning.strategies.events import EventHandler
+from rl_lightning.strategies.events import EventHandler, EventSender
 from rl_lightning.strategies.failures import RayWorkerError, WorkerFailure, root_cause, worker_error
 from rl_lightning.strategies.job import worker_environment
 from rl_lightning.strategies.launcher import RayLauncher
 from rl_lightning.strategies.place import Place, in_order, number
 from rl_lightning.strategies.progress import ProgressForwarder, ProgressUpdate, ProgressView, replace_bars
+from rl_lightning.strategies.worker import TrainWorker
 
 # -- channel
 
@@ -60,6 +64,30 @@ class Box(list[Any]):
     """Stands for an EventSender."""
 
     put = list.append
+
+
+@pytest.mark.parametrize(("error", "arrived"), [(ActorUnavailableError("cut off", None), ["b"]), (ActorDiedError(), [])])
+def test_events_go_on_after_a_moment_without_network_and_are_not_kept_for_the_dead(
+    error: Exception, arrived: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported, answers = list[str](), iter([error])
+
+    def answer(events: list[bytes], timeout: float) -> None:
+        if (failure := next(answers, None)) is not None:
+            failed.set()
+            raise failure
+        reported.extend(map(pickle.loads, events))
+
+    failed = threading.Event()
+    monkeypatch.setattr("ray.get", answer)
+    sender = EventSender(SimpleNamespace(report=SimpleNamespace(remote=lambda events: events)), interval_s=0.0)
+    sender.put("a")
+    assert failed.wait(60)
+    if not arrived:
+        sender._thread.join(60)
+    sender.put("b")
+    sender.close()
+    assert reported == arrived and sender._queue.qsize() == (not arrived)
 
 
 def test_log_records_travel_as_text_and_name_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,3 +292,19 @@ def test_data_is_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch)
     trainer = Trainer(accelerator="cpu", strategy=RayStrategy(num_workers=1), logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="line 3"):
         RayLauncher(trainer.strategy).launch(print, WithBadData(), trainer=trainer)
+
+
+class WorkerHere(TrainWorker):
+    """Without Ray."""
+
+    def place(self) -> Place:
+        return Place("node", "127.0.0.1", os.getpid())
+
+
+def test_ranks_meet_at_an_address_that_is_not_open_to_more() -> None:
+    worker = WorkerHere()
+    port = worker.open_store(2, 5.0)
+    for host, refused in (("127.0.0.1", False), ("127.0.0.2", True)):
+        expected: Any = pytest.raises(ConnectionRefusedError) if refused else nullcontext()
+        with expected:
+            socket.create_connection((host, port), timeout=5).close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import socket
+import tempfile
 import threading
 import time
 import weakref
@@ -20,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from rl_lightning.weights import disk
 from rl_lightning.weights.buckets import buckets_of, fill_buckets, plan_buckets
 from rl_lightning.weights.channel import SyncChannel, SyncFailed, connect_store, serve_store
 from rl_lightning.weights.disk import DiskTransport
@@ -71,6 +75,27 @@ def test_a_version_is_written_once(tmp_path: Path) -> None:
     [first] = transport.stage(1, NamedWeights(WEIGHTS), [X])
     [again] = transport.stage(1, NamedWeights([]), [X])
     assert (again.payload, again.fingerprint) == (first.payload, first.fingerprint)
+
+
+def test_a_run_leaves_the_weights_of_others_alone_and_removes_those_of_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be in another container or on another node: their process ids say nothing here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(disk, "SHARED_MEMORY", tmp_path / "none")
+    dead, theirs = tmp_path / f"{disk.PREFIX}4194999-dead", tmp_path / f"{disk.PREFIX}4194998-live"
+    for folder in (dead, theirs):
+        folder.mkdir()
+    lock = os.open(theirs, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    ours, later = DiskTransport(), DiskTransport()
+    for transport in (ours, later):
+        transport.stage(1, NamedWeights(WEIGHTS), [X])
+    assert theirs.exists() and not dead.exists() and len(list(tmp_path.iterdir())) == 3
+    for transport in (ours, later):
+        transport.close()
+    os.close(lock)
+    assert list(tmp_path.iterdir()) == [theirs]
 
 
 def test_buckets_flatten_to_bytes_that_their_description_takes_apart() -> None:
@@ -149,6 +174,37 @@ def test_they_are_gathered_to_the_end_though_there_is_no_room_for_them(
     with pytest.raises(OSError, match="no space left"):
         transport.stage(1, weights, [X])
     assert weights.given == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_store_is_served_at_one_address_of_either_kind(host: str) -> None:
+    try:
+        socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]).close()
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    store = serve_store(host)
+    connect_store(host, store.port).set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)
+
+
+def test_nothing_is_left_in_the_store_of_what_was_said_in_a_transfer() -> None:
+    store, engines, deadline = serve_store("127.0.0.1"), range(3), time.monotonic() + 60
+    before = store.num_keys()
+    trainer, engine = SyncChannel(store, "sync0"), SyncChannel(connect_store("127.0.0.1", store.port), "sync0")
+    for i in engines:
+        engine.report_group(i, "")
+    trainer.groups(engines, deadline)
+    trainer.go("group")
+    for i in engines:
+        trainer.give_bucket(0, i, ["handle"])
+        engine.report_taken(0, i)
+    trainer.tell_fingerprint({})
+    trainer.watch(lambda: trainer.is_taken(0, engines), deadline, "the engines")
+    trainer.watch(lambda: engine.poll_fingerprint() == {} and engine.poll_go() == "group", deadline, "the trainer")
+    trainer.clear()
+    assert store.num_keys() == before
 
 
 @pytest.fixture
