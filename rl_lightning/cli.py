@@ -31,7 +31,7 @@ from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoin
 from rl_lightning.callbacks.rollout_log import RolloutLog
 from rl_lightning.callbacks.run_log import RunLog
 from rl_lightning.callbacks.throughput import Throughput
-from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, find_cause, may_be_mended_by_restart
+from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, Repetition, find_cause, may_be_mended_by_restart
 from rl_lightning.gpus import apply_allocation
 from rl_lightning.parser import RunArgumentParser
 from rl_lightning.run import RunConfig
@@ -159,6 +159,7 @@ class RLCLI(LightningCLI):
         run = self.run_config
         assert run is not None
         retries = 0 if run.recover_mode == "disabled" else run.recover_retries
+        repetition = Repetition()
         for failures in itertools.count(1):
             if hasattr(self.datamodule, "keeps_fleet"):
                 self.datamodule.keeps_fleet = failures <= retries
@@ -166,6 +167,11 @@ class RLCLI(LightningCLI):
                 return self.trainer.fit(**kwargs)
             except Exception as error:
                 if failures > retries or not may_be_mended_by_restart(error):
+                    raise
+                if repetition.is_certain(error, identity(newest_checkpoint(run.checkpoints))):
+                    logger.error(
+                        "Failure %d is the same once more, and nothing was saved in between: no further attempt", failures
+                    )
                     raise
                 logger.error("Failure %d, of which %d are allowed: %s", failures, retries, error, exc_info=True)
             seed_everything(self._options().seed_everything, workers=True)

@@ -391,6 +391,27 @@ def test_retries_are_counted(monkeypatch: pytest.MonkeyPatch):
     assert len(failures) == 3
 
 
+@pytest.mark.parametrize(("saves", "attempts"), [(False, 3), (True, 11)])
+def test_a_failure_that_comes_again_and_again_is_not_tried_ten_times(
+    saves: bool, attempts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fails(self: SmallModule, batch: Any, batch_idx: int) -> None:
+        starts.append(batch_idx)
+        if saves:
+            self.trainer.save_checkpoint("part.ckpt")
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            Path("part.ckpt").rename(checkpoints / "last.ckpt")
+        raise RuntimeError(f"The size of tensor a ({len(starts)}) must match the size of tensor b (4)")
+
+    starts: list[int] = []
+    checkpoints = Path("runs/checkpoints/experiment/trial0")
+    monkeypatch.setattr(SmallModule, "training_step", fails)
+    with pytest.raises(RuntimeError, match="must match"):
+        fit()
+    assert len(starts) == attempts
+    assert ("no further attempt" in caplog.text) != saves
+
+
 # -- allocation_mode
 
 ROLLOUTS = [
