@@ -116,7 +116,7 @@ class RLCLI(LightningCLI):
         self.run_config = run = self._named(self._get(self.config_init, "run"))
         given = self._get(self.config_init, "trainer")
         theirs = _as_list(given.get("callbacks"))
-        own = run_callbacks(run, training=self.subcommand in ("fit", None))
+        own = run_callbacks(run, training=self.subcommand in ("fit", None), saves=not given.get("fast_dev_run"))
         kwargs.setdefault("callbacks", [*theirs, *(c for c in own if not any(type(t) is type(c) for t in theirs))])
         kwargs.setdefault("logger", run_loggers(run, given.get("logger")))
         kwargs.setdefault("default_root_dir", given.get("default_root_dir") or str(run.logs))
@@ -208,15 +208,26 @@ class RLCLI(LightningCLI):
             logger.info("Checkpoints  %s", run.checkpoints)
 
 
-def run_callbacks(run: RunConfig, *, training: bool) -> list[Callback]:
-    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged."""
+def run_callbacks(run: RunConfig, *, training: bool, saves: bool = True) -> list[Callback]:
+    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged.
+
+    Args:
+        run: names the folders.
+        training: for `fit`.
+        saves: models and restart checkpoints too; `fast_dev_run` saves none, so that `--ckpt_path last` never means it.
+    """
     if not training:
         return [RunLog(run.logs)]
-    return [
+    shows = [
         Throughput(),
         RunLog(run.logs),
         RolloutLog(run.logs / "rollouts", run.sample_rollouts_steps),
         NonFiniteGuard(run.checkpoints),
+    ]
+    if not saves:
+        return shows
+    return [
+        *shows,
         Export(run.checkpoints, run.save_freq_epochs, run.save_freq_steps, run.save_freq_secs),
         RecoveryCheckpoint(run.checkpoints, run.ckpt_freq_epochs, run.ckpt_freq_steps, run.ckpt_freq_secs),
     ]

@@ -28,6 +28,9 @@ CODE_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 TRAINING_ERRORS = (NonFiniteError, RejectionsError, RewardsError)
 """Training that cannot go on from where it stands: the message says how to look into it."""
 
+WRONG_MONITOR = "Early stopping conditioned on metric"
+"""So begins Lightning's RuntimeError for an option, `monitor`; another attempt may skip the check that raised it."""
+
 SAME_FAILURES = 3
 """So many in a row are no accident."""
 
@@ -49,6 +52,8 @@ def find_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -> 
 
 def may_be_mended_by_restart(error: BaseException) -> bool:
     """Whether trying again has any prospect."""
+    if any(str(cause).startswith(WRONG_MONITOR) for cause in causes(error)):
+        return False
     return find_cause(error, (*CONFIGURATION_ERRORS, *CODE_ERRORS, *TRAINING_ERRORS)) is None
 
 

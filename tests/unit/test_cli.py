@@ -209,6 +209,7 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
         ("", [], "model.path: m/model.safetensors cannot be read ("),
         ("tokenizer.json", [], "no tokenizer could be loaded from model path 'm' ("),
         (None, ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val=1.0: use model.optimizer.gradient_clipping instead"),
+        (None, ["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: use model.dtype=bfloat16 instead"),
         (
             None,
             ["--trainer.accumulate_grad_batches=4"],
@@ -334,6 +335,20 @@ def test_ckpt_path_last_is_that_of_the_last_run_that_trained():
     resumed = fit("--ckpt_path=last")
     assert resumed.run_config is not None and resumed.run_config.trial == "trial0"
     assert len(resumed.model.losses) == 5
+
+
+def test_a_fast_dev_run_saves_nothing_that_ckpt_path_last_could_mean():
+    fit("--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
+    fit("--trainer.fast_dev_run=true")
+    assert Path("runs/logs/experiment/trial1/main.log").exists() and not Path("runs/checkpoints/experiment/trial1").exists()
+    resumed = fit("--ckpt_path=last")
+    assert resumed.run_config is not None and resumed.run_config.trial == "trial0"
+
+
+def test_early_stopping_on_a_metric_that_there_is_not_ends_the_run(caplog: pytest.LogCaptureFixture):
+    with pytest.raises(RuntimeError, match="Early stopping conditioned on metric `reward`"):
+        fit("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=reward", "--trainer.max_epochs=1")
+    assert "Starting again" not in caplog.text
 
 
 def test_resume_starts_from_the_checkpoint_or_the_beginning():
