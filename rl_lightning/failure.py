@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 
@@ -31,6 +32,9 @@ TRAINING_ERRORS = (NonFiniteError, RejectionsError, RewardsError)
 WRONG_MONITOR = "Early stopping conditioned on metric"
 """So begins Lightning's RuntimeError for an option, `monitor`; another attempt may skip the check that raised it."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Of a disk that stays full, or read-only, however fast one tries again."""
+
 SAME_FAILURES = 3
 """So many in a row are no accident."""
 
@@ -52,7 +56,7 @@ def find_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -> 
 
 def may_be_mended_by_restart(error: BaseException) -> bool:
     """Whether trying again has any prospect."""
-    if any(str(cause).startswith(WRONG_MONITOR) for cause in causes(error)):
+    if any(str(cause).startswith(WRONG_MONITOR) or getattr(cause, "errno", None) in NO_ROOM for cause in causes(error)):
         return False
     return find_cause(error, (*CONFIGURATION_ERRORS, *CODE_ERRORS, *TRAINING_ERRORS)) is None
 

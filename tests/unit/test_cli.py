@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_the_cluster_is_named_on_the_command_line_of_a_recipe_that_says_ray(name
     cli = RLCLI([*SMALL[:2], "--config=recipe.yaml", "--trainer.strategy.address=auto"], run=False)
     assert isinstance(cli.trainer.strategy, strategy)
     assert cli.trainer.strategy.ray_init == {"address": "auto"}
+
+
+@pytest.mark.parametrize("given", [["--trainer.strategy=ray"], ["--trainer.strategy", "ray"]])
+def test_the_cluster_is_named_beside_the_strategy(given: list[str]):
+    cli = RLCLI([*SMALL, *given, "--trainer.strategy.address=auto", "--trainer.strategy.num_workers=2"], run=False)
+    assert isinstance(cli.trainer.strategy, RayStrategy)
+    assert (cli.trainer.strategy.ray_init, cli.trainer.strategy.num_workers) == ({"address": "auto"}, 2)
 
 
 def test_fewer_engines_than_one_or_more_than_all_are_refused():
@@ -425,6 +433,18 @@ def test_a_failure_that_comes_again_and_again_is_not_tried_ten_times(
         fit()
     assert len(starts) == attempts
     assert ("no further attempt" in caplog.text) != saves
+
+
+def test_a_full_disk_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch):
+    def fails(self: SmallModule, batch: Any, batch_idx: int) -> None:
+        starts.append(batch_idx)
+        raise OSError(errno.ENOSPC, "No space left on device", "last.ckpt.part")
+
+    starts: list[int] = []
+    monkeypatch.setattr(SmallModule, "training_step", fails)
+    with pytest.raises(OSError, match=r"last\.ckpt\.part"):
+        fit()
+    assert len(starts) == 1
 
 
 # -- allocation_mode
