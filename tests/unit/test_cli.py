@@ -92,6 +92,13 @@ def test_fewer_engines_than_one_or_more_than_all_are_refused():
             )
 
 
+def test_from_python_a_bare_reward_and_a_loader_alone_are_told_what_to_write():
+    with pytest.raises(ValueError, match=r"rewards holds <function exact_match.*write WeightedReward\(\.\.\.\)"):
+        RolloutDataModule(FakePrompts(), [exact_match], "m", engine=FakeEngine())  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"give it whole, trainer\.fit\(model, datamodule=data\)"):
+        RolloutDataModule(FakePrompts(), [WeightedReward(exact_match)], "m", engine=FakeEngine()).train_dataloader()
+
+
 def test_anyones_module_without_the_shared_options_works():
     cli = RLCLI(["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--data=run_samples.SmallData"], run=False)
     assert isinstance(cli.datamodule, SmallData) and cli.datamodule.seed == 1
