@@ -31,7 +31,7 @@ from rl_lightning.callbacks.recovery import RecoveryCheckpoint, newest_checkpoin
 from rl_lightning.callbacks.rollout_log import RolloutLog
 from rl_lightning.callbacks.run_log import RunLog
 from rl_lightning.callbacks.throughput import Throughput
-from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, find_cause, may_be_mended_by_restart
+from rl_lightning.failure import CONFIGURATION_ERRORS, TRAINING_ERRORS, Repetition, find_cause, may_be_mended_by_restart
 from rl_lightning.gpus import apply_allocation, leave_gpus_to_ranks
 from rl_lightning.parser import RunArgumentParser
 from rl_lightning.run import RunConfig
@@ -117,7 +117,7 @@ class RLCLI(LightningCLI):
         self.run_config = run = self._named(self._get(self.config_init, "run"))
         given = self._get(self.config_init, "trainer")
         theirs = _as_list(given.get("callbacks"))
-        own = run_callbacks(run, training=self.subcommand in ("fit", None))
+        own = run_callbacks(run, training=self.subcommand in ("fit", None), saves=not given.get("fast_dev_run"))
         kwargs.setdefault("callbacks", [*theirs, *(c for c in own if not any(type(t) is type(c) for t in theirs))])
         kwargs.setdefault("logger", run_loggers(run, given.get("logger")))
         kwargs.setdefault("default_root_dir", given.get("default_root_dir") or str(run.logs))
@@ -160,6 +160,7 @@ class RLCLI(LightningCLI):
         run = self.run_config
         assert run is not None
         retries = 0 if run.recover_mode == "disabled" else run.recover_retries
+        repetition = Repetition()
         for failures in itertools.count(1):
             if hasattr(self.datamodule, "keeps_fleet"):
                 self.datamodule.keeps_fleet = failures <= retries
@@ -167,6 +168,11 @@ class RLCLI(LightningCLI):
                 return self.trainer.fit(**kwargs)
             except Exception as error:
                 if failures > retries or not may_be_mended_by_restart(error):
+                    raise
+                if repetition.is_certain(error, identity(newest_checkpoint(run.checkpoints))):
+                    logger.error(
+                        "Failure %d is the same once more, and nothing was saved in between: no further attempt", failures
+                    )
                     raise
                 logger.error("Failure %d, of which %d are allowed: %s", failures, retries, error, exc_info=True)
             seed_everything(self._options().seed_everything, workers=True)
@@ -203,15 +209,26 @@ class RLCLI(LightningCLI):
             logger.info("Checkpoints  %s", run.checkpoints)
 
 
-def run_callbacks(run: RunConfig, *, training: bool) -> list[Callback]:
-    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged."""
+def run_callbacks(run: RunConfig, *, training: bool, saves: bool = True) -> list[Callback]:
+    """What every run has; the order matters: Throughput measures what RunLog prints, NonFiniteGuard stops what was logged.
+
+    Args:
+        run: names the folders.
+        training: for `fit`.
+        saves: models and restart checkpoints too; `fast_dev_run` saves none, so that `--ckpt_path last` never means it.
+    """
     if not training:
         return [RunLog(run.logs)]
-    return [
+    shows = [
         Throughput(),
         RunLog(run.logs),
         RolloutLog(run.logs / "rollouts", run.sample_rollouts_steps),
         NonFiniteGuard(run.checkpoints),
+    ]
+    if not saves:
+        return shows
+    return [
+        *shows,
         Export(run.checkpoints, run.save_freq_epochs, run.save_freq_steps, run.save_freq_secs),
         RecoveryCheckpoint(run.checkpoints, run.ckpt_freq_epochs, run.ckpt_freq_steps, run.ckpt_freq_secs),
     ]

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, NoReturn, get_type_hints
@@ -46,6 +46,10 @@ class RunArgumentParser(LightningArgumentParser):
         sys.stderr.write(f"{self.prog.split()[0]}: error: {one_sentence(message, known)}\n")
         self.exit(2)
 
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
+        """`--trainer.strategy ray` is the class, too, where an option of it is given beside it."""
+        return super().parse_args(strategy_as_class(sys.argv[1:] if args is None else args), *others, **options)
+
     def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """`strategy: ray` in a file is the class where an option of it is given too (`--trainer.strategy.address`)."""
         trainer, given = cfg.get("trainer"), getattr(self, "args", None) or ()
@@ -53,6 +57,18 @@ class RunArgumentParser(LightningArgumentParser):
         if isinstance(name, str) and name in STRATEGIES and any(arg.startswith("--trainer.strategy.") for arg in given):
             cfg["trainer"] = {**trainer, "strategy": {"class_path": STRATEGIES[name]}}
         return super()._apply_actions(cfg, *args, **kwargs)
+
+
+def strategy_as_class(args: Sequence[str]) -> list[str]:
+    """`args` with a class for the strategy's short name, if they give an option of it: jsonargparse takes one of a class only."""
+    if not any(arg.startswith("--trainer.strategy.") for arg in args):
+        return list(args)
+    joined = {f"--trainer.strategy={name}": f"--trainer.strategy={of_class}" for name, of_class in STRATEGIES.items()}
+    changed = [joined.get(arg, arg) for arg in args]
+    for place, arg in enumerate(changed[:-1]):
+        if arg == "--trainer.strategy":
+            changed[place + 1] = STRATEGIES.get(changed[place + 1], changed[place + 1])
+    return changed
 
 
 def one_sentence(message: str, known: Iterable[str] = ()) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 SOURCES = ("rl_lightning", "lightning.pytorch")
@@ -25,11 +27,23 @@ class MainLog(logging.FileHandler):
         super().__init__(Path(folder) / "main.log", mode="a", encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._owner = os.getpid()
+        self._is_broken = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record of this process."""
         if record.process == self._owner:
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Says once that the file cannot be written, a full disk most often, instead of a traceback for every record."""
+        if not self._is_broken:
+            self._is_broken = True  # first: the warning comes here, too
+            logging.getLogger(SOURCES[0]).warning("%s cannot be written (%s)", self.baseFilename, sys.exception())
+
+    def close(self) -> None:
+        """Closes the file; what a full disk did not take of it is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
     @classmethod
     def attach(cls, folder: str | os.PathLike[str]) -> MainLog | None:

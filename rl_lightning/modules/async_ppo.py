@@ -33,6 +33,7 @@ from rl_lightning.modules.minibatches import deal_minibatches
 from rl_lightning.modules.model_check import check_models
 from rl_lightning.modules.objective import PolicyObjective
 from rl_lightning.modules.optimizer import OptimizerConfig
+from rl_lightning.modules.override_check import checked_by_token, checked_loss
 from rl_lightning.modules.policy_batch import PolicyBatch
 from rl_lightning.modules.ppo_config import PPOConfig
 from rl_lightning.modules.reference import Reference, load_reference
@@ -209,7 +210,8 @@ class AsyncPPOModule(PolicyObjective):
             batch = replace(batch, loss_mask=batch.loss_mask & ~too_long)
         statistics, rate, started = StepStatistics(), self.learning_rate, time.perf_counter()
         scored = self._ask_others(batch)
-        advantages, minibatches = self.compute_advantages(scored), self.minibatches(batch)
+        advantages = checked_by_token(self, "compute_advantages", self.compute_advantages(scored), len(batch.loss_mask))
+        minibatches = self.minibatches(batch)
         targets = self._value_targets(scored, statistics)
         policy = self._score_before_updates(batch, advantages, minibatches)
         prepared = time.perf_counter()
@@ -256,7 +258,7 @@ class AsyncPPOModule(PolicyObjective):
     def _value_targets(self, batch: ScoredBatch, statistics: StepStatistics) -> ValueTargets | None:
         if self.critic is None or batch.values is None:
             return None
-        returns = self.compute_returns(batch)
+        returns = checked_by_token(self, "compute_returns", self.compute_returns(batch), len(batch.loss_mask))
         add_value_statistics(statistics, batch.values[batch.loss_mask], returns[batch.loss_mask])
         return self.critic.targets(batch.values, returns, batch.loss_mask, self.ranks)
 
@@ -286,7 +288,7 @@ class AsyncPPOModule(PolicyObjective):
                 return logprobs.sum() * 0.0
             statistics.add_mean("packing_efficiency", micro.layout.n_tokens, self.max_tokens_per_mb)
             prox = policy.learn_prox(micro, logprobs) if is_first and policy.keep is None else None
-            loss, by_token = self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox))
+            loss, by_token = checked_loss(self, self.policy_loss(logprobs, policy.tokens(micro, entropy, normalizer, prox)))
             self._add_loss_statistics(statistics, "actor_loss", loss, {**by_token, "entropy": entropy})
             if "importance_weight" in by_token:
                 ratios.append(by_token["importance_weight"])

@@ -60,7 +60,7 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(f"trainer.precision={trainer.precision} needs loss scaling, use bf16-mixed or 32-true instead")
     if trainer.precision in ("bf16-true", "64-true"):
         dtype = "bfloat16" if trainer.precision == "bf16-true" else "float64"
-        raise ValueError(f"trainer.precision={trainer.precision} would round batches too: set model.dtype={dtype} instead")
+        raise ValueError(f"trainer.precision={trainer.precision}: use model.dtype={dtype} instead, and trainer.precision=32-true")
     if trainer.gradient_clip_val is not None:
         raise ValueError(f"trainer.gradient_clip_val={trainer.gradient_clip_val}: use model.optimizer.gradient_clipping instead")
     if trainer.accumulate_grad_batches != 1:

@@ -198,6 +198,7 @@ class RolloutController:
             StepLostError: there was one, before the controller was restarted.
         """
         deadline = self._clock() + wait_s
+        await self.check()  # also where there is a batch: a trainer that never waits would go on for ever
         while (groups := self._shares.take(version, rank, world_size)) is None:
             await self.check()
             if not await self._wait_until(deadline):

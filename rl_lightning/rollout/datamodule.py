@@ -122,6 +122,8 @@ class RolloutDataModule(FleetOwner):
             raise ValueError(
                 "rewards is empty: give at least one, e.g. rewards: [{reward: rl_lightning.rewards.exact.exact_match}]"
             )
+        if bare := [reward for reward in rewards if not isinstance(reward, WeightedReward)]:
+            raise ValueError(f"rewards holds {bare[0]!r}: write WeightedReward(...) of rl_lightning.rewards.reward around it")
         if min_engines is not None and not 1 <= min_engines <= num_engines:
             raise ValueError(f"min_engines={min_engines} must be between 1 and num_engines={num_engines}, or null for all")
         positive = {"num_engines": num_engines, "reward_processes": reward_processes, "reward_memory_gb": reward_memory_gb}
@@ -241,8 +243,13 @@ class RolloutDataModule(FleetOwner):
     # -- LightningDataModule
 
     def train_dataloader(self) -> RolloutLoader:
-        """This rank's batches of one epoch."""
-        assert self.fleet is not None
+        """This rank's batches of one epoch.
+
+        Raises:
+            ValueError: asked for by a user, before a Trainer has started the engines.
+        """
+        if self.fleet is None:
+            raise ValueError("a RolloutDataModule has no loader of its own: give it whole, trainer.fit(model, datamodule=data)")
         rank, world_size = self._ranks()
         return RolloutLoader(self.fleet, self._step, self.steps_per_epoch, rank, world_size, self._share_wait())
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from rl_lightning.strategies import cluster
 from rl_lightning.strategies.channel import start_channel
 from rl_lightning.strategies.companion import Companion, find_companion
 from rl_lightning.strategies.demand import ROUNDING, Demand, await_resources
+from rl_lightning.strategies.empty_driver import check_start, note_end
 from rl_lightning.strategies.group import GroupSettings, WorkerGroup
 from rl_lightning.strategies.job import Job, make_job, worker_environment
 from rl_lightning.strategies.progress import ProgressView
@@ -49,6 +51,7 @@ class RayLauncher(_Launcher):
 
         Raises:
             RayWorkerError: a rank failed; names it and its cause.
+            ValueError: the module was trained before, and no checkpoint is named to go on with.
             KeyboardInterrupt, SIGTERMException: the driver got the signal; everything has ended.
         """
         assert trainer is not None, "Lightning gives its trainer to every launcher"
@@ -57,6 +60,7 @@ class RayLauncher(_Launcher):
                 result = self._run(trainer, function, args, kwargs, signals)
                 if result is not None:
                     restore(trainer, result)
+                    note_end(trainer.lightning_module, fitted=trainer.state.fn == TrainerFn.FITTING)
                 signals.check()
             except BaseException:
                 self._strategy.set_callbacks_aside(trainer)
@@ -73,6 +77,7 @@ class RayLauncher(_Launcher):
         self, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any, signals: StopSignals
     ) -> RunResult | None:
         """Rank 0's result; None where the run was stopped and had to be killed."""
+        check_start(trainer.lightning_module, function, args, kwargs)
         companion = find_companion((*args, *kwargs.values()))
         if companion is not None:
             companion.check_on_driver(trainer)

@@ -13,6 +13,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ParallelStrategy
 
+from rl_lightning.strategies.empty_driver import check_saved
 from rl_lightning.strategies.environment import Placement, Rank, RayEnvironment, become_rank
 from rl_lightning.strategies.progress import replace_bars
 
@@ -44,8 +45,8 @@ class RayRanks(ParallelStrategy):
         start_timeout_s: longest time until all workers are up.
         stop_timeout_s: longest time between a signal and the end of the workers.
         collective_timeout_s: longest time for one collective operation.
-        return_weights: whether the driver's module gets the trained weights. Modules built in `configure_model` are
-            empty on the driver and get none: use a checkpoint.
+        return_weights: whether the driver's module gets the trained weights. Modules built in `configure_model`, as
+            AsyncPPOModule and SFTModule, are empty on the driver and get none: use a checkpoint.
         process_group_backend: of torch.distributed; None is gloo or nccl.
         **kwargs: of Lightning's strategy.
 
@@ -144,6 +145,12 @@ class RayRanks(ParallelStrategy):
             emptied, callbacks = self._aside
             emptied[:], self._aside = callbacks, None
         super().on_exception(exception)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As in Lightning's strategy; on the driver only of a module that has its weights there."""
+        if self._rank is None:
+            check_saved(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def __getstate__(self) -> dict[str, Any]:
         """The launcher stays on the driver; in a worker, `trainer.validate()` runs in place."""

@@ -88,6 +88,34 @@ def test_validate_returns_its_results_and_leaves_the_module_as_it_is(ray_cluster
     assert torch.equal(module.layer.weight, regression().layer.weight)
 
 
+class BuiltLate(Regression):
+    """Its layer is built in the ranks only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layer
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "layer"):
+            self.layer = torch.nn.Linear(4, 1)
+
+
+def test_a_module_built_in_the_ranks_is_not_taken_for_the_trained_one(ray_cluster: str, tmp_path: Path) -> None:
+    module, checkpoint = BuiltLate(), ModelCheckpoint(tmp_path / "best")
+    options: dict[str, Any] = {"strategy": RayStrategy(num_workers=1), "callbacks": [checkpoint], "enable_checkpointing": True}
+    ray_trainer = trainer(tmp_path, **options)
+    ray_trainer.fit(module)
+    with pytest.raises(ValueError, match="a checkpoint saved here would have no weights"):
+        ray_trainer.save_checkpoint(tmp_path / "empty.ckpt")
+    for again in (ray_trainer, trainer(tmp_path, strategy=RayStrategy(num_workers=1))):
+        with pytest.raises(ValueError, match='this BuiltLate was trained in Ray workers.*ckpt_path="best"'):
+            again.validate(module, validation_samples())
+    trained = regression()
+    trained.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
+    (expected,) = trainer(tmp_path).validate(trained, validation_samples())
+    assert ray_trainer.validate(module, validation_samples(), ckpt_path="best") == [pytest.approx(expected)]
+
+
 def validation_samples() -> torch.utils.data.DataLoader[Any]:
     samples = torch.utils.data.TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(2)))
     return torch.utils.data.DataLoader(samples, batch_size=8)

@@ -298,6 +298,51 @@ def test_a_user_loss_in_a_few_lines(folder: str) -> None:
     assert module.step_statistics["surprise"] > 0 and "importance_weight" not in module.step_statistics
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda loss, n: loss.sum(), r"Mine\.policy_loss returned a tensor of shape \(\): return \(loss, statistics\)"),
+        (lambda loss, n: None, r"Mine\.policy_loss returned None"),
+        (lambda loss, n: (loss, {}), r"a loss of shape \(\d+,\): return its sum"),
+        (lambda loss, n: (loss.sum().detach(), {}), "a loss without gradient"),
+        (lambda loss, n: (loss.sum(), {"mode": "fast"}), "statistics that are no tensors or numbers"),
+    ],
+)
+def test_a_user_loss_that_returns_something_else_is_told_what_to_return(folder: str, returned: Any, message: str) -> None:
+    class Mine(Alone):
+        def policy_loss(self, logprobs: Tensor, tokens: LossTokens) -> tuple[Tensor, dict[str, Tensor]]:
+            found: tuple[Tensor, dict[str, Tensor]] = returned(-logprobs / tokens.normalizer, len(logprobs))
+            return found
+
+    with pytest.raises(ValueError, match=message):
+        fit(Mine(folder, ppo=ONE), [make_batch()])
+
+
+def test_statistics_of_a_user_loss_may_be_numbers(folder: str) -> None:
+    class Mine(Alone):
+        def policy_loss(self, logprobs: Tensor, tokens: LossTokens) -> tuple[Tensor, dict[str, Any]]:
+            return -logprobs.sum() / tokens.normalizer, {"beta": 0.5, "longest": torch.tensor(7)}
+
+    module = Mine(folder, ppo=ONE)
+    fit(module, [make_batch()])
+    assert (module.step_statistics["beta"], module.step_statistics["longest"]) == (0.5, 7.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x, b: b.rewards, lambda x, b: x[b.loss_mask], lambda x, b: x.numpy(), lambda x, b: x[:, None]]
+)
+def test_user_advantages_of_another_shape_are_told_which(folder: str, wrong: Any) -> None:
+    class Mine(Alone):
+        def compute_advantages(self, batch: Any) -> Tensor:
+            found: Tensor = wrong(super().compute_advantages(batch), batch)
+            return found
+
+    with pytest.raises(
+        ValueError, match=r"Mine\.compute_advantages returned .*: return a tensor of shape \(\d+,\).* for each answer"
+    ):
+        fit(Mine(folder, ppo=ONE), [make_batch()])
+
+
 def test_rewarded_answers_become_likelier(folder: str) -> None:
     module = Alone(folder, ppo=PPOConfig(n_minibatches=2, group_adv_norm=True), optimizer=OptimizerConfig(lr=3e-3))
     module.configure_model()

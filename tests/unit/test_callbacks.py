@@ -131,6 +131,19 @@ def test_main_log_is_written_once_and_closed(tmp_path: Path):
     assert not any(isinstance(h, MainLog) for h in logging.getLogger("rl_lightning").handlers)
 
 
+def test_a_main_log_that_cannot_be_written_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "main.log").symlink_to("/dev/full")
+    handler = MainLog.attach(tmp_path)
+    assert handler is not None
+    for number in range(3):
+        logging.getLogger("rl_lightning.test").error("%d", number)
+    handler.detach()
+    assert caplog.text.count("cannot be written ([Errno 28] No space left on device)") == 1
+    assert "Logging error" not in capsys.readouterr().err
+
+
 def test_records_of_other_processes_stay_out_of_main_log(tmp_path: Path):
     handler = MainLog.attach(tmp_path)
     assert handler is not None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 import sys
@@ -79,12 +80,26 @@ def test_the_cluster_is_named_on_the_command_line_of_a_recipe_that_says_ray(name
     assert cli.trainer.strategy.ray_init == {"address": "auto"}
 
 
+@pytest.mark.parametrize("given", [["--trainer.strategy=ray"], ["--trainer.strategy", "ray"]])
+def test_the_cluster_is_named_beside_the_strategy(given: list[str]):
+    cli = RLCLI([*SMALL, *given, "--trainer.strategy.address=auto", "--trainer.strategy.num_workers=2"], run=False)
+    assert isinstance(cli.trainer.strategy, RayStrategy)
+    assert (cli.trainer.strategy.ray_init, cli.trainer.strategy.num_workers) == ({"address": "auto"}, 2)
+
+
 def test_fewer_engines_than_one_or_more_than_all_are_refused():
     for wrong in (0, 3):
         with pytest.raises(ValueError, match=f"min_engines={wrong} must be between 1 and num_engines=2"):
             RolloutDataModule(
                 FakePrompts(), [WeightedReward(exact_match)], "m", engine=FakeEngine(), num_engines=2, min_engines=wrong
             )
+
+
+def test_from_python_a_bare_reward_and_a_loader_alone_are_told_what_to_write():
+    with pytest.raises(ValueError, match=r"rewards holds <function exact_match.*write WeightedReward\(\.\.\.\)"):
+        RolloutDataModule(FakePrompts(), [exact_match], "m", engine=FakeEngine())  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"give it whole, trainer\.fit\(model, datamodule=data\)"):
+        RolloutDataModule(FakePrompts(), [WeightedReward(exact_match)], "m", engine=FakeEngine()).train_dataloader()
 
 
 def test_anyones_module_without_the_shared_options_works():
@@ -212,12 +227,12 @@ def test_wrong_values_are_one_sentence_and_status_2(capsys: pytest.CaptureFixtur
         ("", [], "model.path: m/model.safetensors cannot be read ("),
         ("tokenizer.json", [], "no tokenizer could be loaded from model path 'm' ("),
         (None, ["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val=1.0: use model.optimizer.gradient_clipping instead"),
+        (None, ["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: use model.dtype=bfloat16 instead"),
         (
             None,
             ["--trainer.accumulate_grad_batches=4"],
             "trainer.accumulate_grad_batches=4: use a larger data.batch_size instead",
         ),
-        (None, ["--trainer.precision=bf16-true"], "trainer.precision=bf16-true would round batches too: set model.dtype"),
         (None, ["--data.max_concurrent_rollouts=0"], "max_concurrent_rollouts=0 must be at least 1"),
         (None, ["--data.num_engines=0"], "num_engines=0 must be positive"),
         (None, ["--data.reward_timeout_s=-1"], "reward_timeout_s=-1.0 must be positive"),
@@ -340,6 +355,20 @@ def test_ckpt_path_last_is_that_of_the_last_run_that_trained():
     assert len(resumed.model.losses) == 5
 
 
+def test_a_fast_dev_run_saves_nothing_that_ckpt_path_last_could_mean():
+    fit("--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
+    fit("--trainer.fast_dev_run=true")
+    assert Path("runs/logs/experiment/trial1/main.log").exists() and not Path("runs/checkpoints/experiment/trial1").exists()
+    resumed = fit("--ckpt_path=last")
+    assert resumed.run_config is not None and resumed.run_config.trial == "trial0"
+
+
+def test_early_stopping_on_a_metric_that_there_is_not_ends_the_run(caplog: pytest.LogCaptureFixture):
+    with pytest.raises(RuntimeError, match="Early stopping conditioned on metric `reward`"):
+        fit("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=reward", "--trainer.max_epochs=1")
+    assert "Starting again" not in caplog.text
+
+
 def test_resume_starts_from_the_checkpoint_or_the_beginning():
     whole = fit("--run.experiment=whole")
     first = fit("--run.experiment=e", "--run.recover_mode=resume", "--trainer.max_steps=3", "--run.ckpt_freq_steps=1")
@@ -393,6 +422,39 @@ def test_retries_are_counted(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RuntimeError, match="it broke"):
         fit("--model.fail_at=1", "--run.recover_retries=2")
     assert len(failures) == 3
+
+
+@pytest.mark.parametrize(("saves", "attempts"), [(False, 3), (True, 11)])
+def test_a_failure_that_comes_again_and_again_is_not_tried_ten_times(
+    saves: bool, attempts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fails(self: SmallModule, batch: Any, batch_idx: int) -> None:
+        starts.append(batch_idx)
+        if saves:
+            self.trainer.save_checkpoint("part.ckpt")
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            Path("part.ckpt").rename(checkpoints / "last.ckpt")
+        raise RuntimeError(f"The size of tensor a ({len(starts)}) must match the size of tensor b (4)")
+
+    starts: list[int] = []
+    checkpoints = Path("runs/checkpoints/experiment/trial0")
+    monkeypatch.setattr(SmallModule, "training_step", fails)
+    with pytest.raises(RuntimeError, match="must match"):
+        fit()
+    assert len(starts) == attempts
+    assert ("no further attempt" in caplog.text) != saves
+
+
+def test_a_full_disk_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch):
+    def fails(self: SmallModule, batch: Any, batch_idx: int) -> None:
+        starts.append(batch_idx)
+        raise OSError(errno.ENOSPC, "No space left on device", "last.ckpt.part")
+
+    starts: list[int] = []
+    monkeypatch.setattr(SmallModule, "training_step", fails)
+    with pytest.raises(OSError, match=r"last\.ckpt\.part"):
+        fit()
+    assert len(starts) == 1
 
 
 # -- allocation_mode

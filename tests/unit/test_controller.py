@@ -245,6 +245,17 @@ def test_rewards_that_fail_on_all_answers_of_the_first_batch_end_the_run():
     run(scenario())
 
 
+def test_rewards_that_all_fail_end_the_run_of_a_trainer_that_never_waits():
+    async def scenario():
+        controller = make_controller(batch=4, eta=2)
+        await ready(controller, "a")
+        await put_all(controller, "a", await controller.lease("a", 12), FAILED)
+        with pytest.raises(RewardsError, match=r"failed on all answers to the first 8 prompts"):
+            await controller.take(0)
+
+    run(scenario())
+
+
 def test_rewards_that_worked_once_may_fail():
     async def scenario():
         controller = make_controller(batch=4, eta=2)
