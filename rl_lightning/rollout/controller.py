@@ -200,9 +200,9 @@ class RolloutController:
         deadline = self._clock() + wait_s
         await self.check()  # also where there is a batch: a trainer that never waits would go on for ever
         while (groups := self._shares.take(version, rank, world_size)) is None:
-            await self.check()
             if not await self._wait_until(deadline):
                 return self._waiting_report(version)
+            await self.check()
         contents = tuple(group.content for group in groups)
         return Share(version, contents, self._ledger.state_dict(version + 1) if rank == 0 else None)
 
