@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_args import parallel_sizes, server_command, server_env
+from rl_lightning.owned_folder import OwnedFolder
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl_lightning.engines.owned_folder import OwnedFolder, remove_abandoned
+from rl_lightning.owned_folder import OwnedFolder, remove_abandoned
 from rl_lightning.weights.buckets import fill_buckets, gathered_to_the_end, plan_buckets
 from rl_lightning.weights.cast import in_dtype_of
 from rl_lightning.weights.fingerprint import FingerprintTaker

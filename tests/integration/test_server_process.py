@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rl_lightning.engines.owned_folder import OwnedFolder
 from rl_lightning.engines.process import ServerProcess
 from rl_lightning.engines.sglang_process import SGLangProcess
+from rl_lightning.owned_folder import OwnedFolder
 
 NAP = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -79,7 +79,7 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
 def test_the_folder_of_a_killed_owner_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    imports = "import time; from rl_lightning.engines.owned_folder import OwnedFolder"
+    imports = "import time; from rl_lightning.owned_folder import OwnedFolder"
     owner = f"{imports}; folder = OwnedFolder('test-'); print(folder.path, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

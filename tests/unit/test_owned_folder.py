@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_lightning.engines.owned_folder import OwnedFolder
+from rl_lightning.owned_folder import OwnedFolder
 
 
 @pytest.fixture(autouse=True)

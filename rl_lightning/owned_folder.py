@@ -17,7 +17,7 @@ class OwnedFolder:
 
     Args:
         prefix: of its name, and of no folder that is not one of these: those of this user without an owner are removed.
-        parent: where it is made; null is the temporary directory.
+        parent: where it is made; None: the temporary directory.
 
     Attributes:
         path: where it is.
