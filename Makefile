@@ -18,8 +18,8 @@ TORCH_INDEX ?= $(if $(filter cpu,$(ENGINE)),$(shell command -v nvidia-smi >/dev/
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL := models/smollm2-135m
 PYTEST_ARGS ?=
-# Tests wait for processes to start most of the time: three at once take a third of it, on two cores.
-JOBS ?= 3
+# Tests wait for processes to start most of the time: several at once take a fraction of it, on two cores, too.
+JOBS ?= 4
 TRL := .venv-trl
 ARGS ?=
 
